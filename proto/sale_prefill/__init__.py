@@ -1,0 +1,1 @@
+"""The wire contract of sale-prefill; see the .proto files beside the generated modules."""

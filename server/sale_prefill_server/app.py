@@ -1,0 +1,334 @@
+"""Start-up and shutdown of one server process: builds the parts and connects them, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from sale_attention import SaleConfig
+from sale_prefill.v1 import (
+    kv_transfer_service_pb2,
+    kv_transfer_service_pb2_grpc,
+    prefill_service_pb2,
+    prefill_service_pb2_grpc,
+    server_service_pb2,
+    server_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+from sale_prefill_client._version import __version__
+
+from sale_prefill_server.config import ServerConfig
+from sale_prefill_server.engine.engine import Engine
+from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model
+from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
+from sale_prefill_server.errors import PrefillError, Reason
+from sale_prefill_server.events import EventBus
+from sale_prefill_server.kv.pool import KvPool
+from sale_prefill_server.models import resolve_model
+from sale_prefill_server.models.tokenizer_files import find_tokenizer_files
+from sale_prefill_server.observability.metrics import Metrics
+from sale_prefill_server.rpc.auth import Anonymous, Authenticator, StaticTokens
+from sale_prefill_server.rpc.convert import Converter
+from sale_prefill_server.rpc.interceptor import CallInterceptor
+from sale_prefill_server.rpc.kv_transfer_service import KvTransferServicer
+from sale_prefill_server.rpc.late_binding import LateServicer
+from sale_prefill_server.rpc.prefill_service import PrefillServicer
+from sale_prefill_server.rpc.server_service import ServerServicer
+from sale_prefill_server.rpc.session_service import SessionServicer
+from sale_prefill_server.scheduler.admission import Admission
+from sale_prefill_server.scheduler.scheduler import Scheduler
+from sale_prefill_server.sessions.manager import SessionManager
+from sale_prefill_server.sessions.session import Retention, SessionState
+
+logger = logging.getLogger(__name__)
+
+SERVICES = (
+    prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"],
+    session_service_pb2.DESCRIPTOR.services_by_name["SessionService"],
+    kv_transfer_service_pb2.DESCRIPTOR.services_by_name["KvTransferService"],
+    server_service_pb2.DESCRIPTOR.services_by_name["ServerService"],
+)
+#: Seconds between sweeps for expired leases; access to a session checks its own lease at once.
+_SWEEP_SECONDS = 1.0
+#: Seconds that running calls get to end at shutdown.
+_GRACE_SECONDS = 2.0
+
+
+class PortInUseError(Exception):
+    """A port cannot be bound. Names it and the way out."""
+
+
+@dataclass(frozen=True)
+class _Service:
+    """Everything that exists once the model is loaded."""
+
+    engine: Engine
+    manager: SessionManager
+    scheduler: Scheduler
+
+
+class Server:
+    """One server process. `start`, then `wait_ready`, then `stop`; all on one event loop.
+
+    gRPC answers from `start` on: health says NOT_SERVING, and calls get NOT_READY, until the model is loaded and warm.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.server_id = f"{platform.node()}-{os.getpid()}"
+        self.port = 0
+        self.metrics_port = 0
+        self._events = EventBus()
+        self._metrics = Metrics(Path(config.model).name, _methods())
+        self._events.subscribe(self._metrics.observe)
+        self._health = health.aio.HealthServicer()
+        self._servicers = {service.full_name: LateServicer() for service in SERVICES}
+        self._service: _Service | None = None
+        self._stopping = False
+        self._grpc: grpc.aio.Server | None = None
+        self._http: tuple[Any, threading.Thread] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Binds both ports.
+
+        Raises:
+            PortInUseError: one of them is taken.
+            ConfigError: the token file cannot be used.
+        """
+        config = self.config
+        authenticator: Authenticator = (
+            StaticTokens(Path(config.auth_tokens_file)) if config.auth_tokens_file else Anonymous()
+        )
+        interceptor = CallInterceptor(authenticator, self._events, self._gate, config.max_message_bytes)
+        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_channel_options(config.max_message_bytes))
+        for service, add in zip(SERVICES, _ADDERS, strict=True):
+            add(self._servicers[service.full_name], self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        names = [service.full_name for service in SERVICES]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
+        self._bind()
+        await self._grpc.start()
+
+    def _bind(self) -> None:
+        assert self._grpc is not None
+        config = self.config
+        try:
+            self.port = self._grpc.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError as error:
+            raise _port_in_use("port", config.host, config.port) from error
+        if not self.port:
+            raise _port_in_use("port", config.host, config.port)
+        try:
+            self._http = start_http_server(config.metrics_port, config.metrics_host, self._metrics.registry)
+        except OSError as error:
+            raise _port_in_use("metrics_port", config.metrics_host, config.metrics_port) from error
+        self.metrics_port = self._http[0].server_port
+
+    async def wait_ready(self) -> None:
+        """Loads and warms the model, then opens the doors.
+
+        Raises:
+            ModelError: the model cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "load") as pool:
+            self._service = await loop.run_in_executor(pool, self._load)
+        if self._stopping:
+            return
+        self._connect(self._service)
+        self._service.scheduler.start()
+        self._sweeper = asyncio.create_task(self._sweep(self._service.manager))
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def _load(self) -> _Service:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        source = resolve_model(config.model, Path(config.cache_dir) if config.cache_dir else None, logger.info)
+        started = time.perf_counter()
+        model = load_model(
+            source.path,
+            source.name,
+            device=choose_device(config.device),
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+        logger.info("loaded %s on %s in %.1f s", model.name, model.device, time.perf_counter() - started)
+        model = _with_context_limit(model, config.max_sequence_tokens)
+        capacity_bytes = config.kv_memory_bytes or _automatic_kv_bytes(model)
+        engine = Engine(
+            model,
+            KvPool(model.kv_shape, capacity_bytes),
+            AttentionSettings(AttentionMode(config.attention), config.threshold, config.query_stride),
+            SaleConfig(dense_rows=config.dense_rows),
+            chunk_tokens=config.chunk_tokens,
+            attention_backend="reference" if config.attention_backend == "auto" else config.attention_backend,
+        )
+        logger.info("warm in %.1f s; %d MiB for KV", engine.warm_up(), capacity_bytes // 2**20)
+        return _Service(engine, SessionManager(self._events), Scheduler())
+
+    def _connect(self, service: _Service) -> None:
+        config, engine = self.config, service.engine
+        retention = Retention(config.default_lease_seconds)
+        admission = Admission(
+            engine,
+            service.manager,
+            service.scheduler,
+            self._events,
+            default_retention=retention,
+            max_queued_requests=config.max_queued_requests,
+            request_retention_seconds=config.request_retention_seconds,
+        )
+        converter = Converter(engine.model, self.server_id, engine.defaults, retention, config.max_lease_seconds)
+        parts = (
+            PrefillServicer(admission, converter),
+            SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
+            KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
+            ServerServicer(
+                engine,
+                service.manager,
+                service.scheduler,
+                converter,
+                find_tokenizer_files(engine.model.path),
+                server_id=self.server_id,
+                server_version=__version__,
+                default_retention=retention,
+                max_message_bytes=config.max_message_bytes,
+                draining=lambda: self._stopping,
+            ),
+        )
+        for descriptor, part in zip(SERVICES, parts, strict=True):
+            self._servicers[descriptor.full_name].bind(part)
+        self._events.subscribe(service.scheduler.observe)
+        self._connect_gauges(service)
+
+    def _connect_gauges(self, service: _Service) -> None:
+        metrics, engine, manager, scheduler = self._metrics, service.engine, service.manager, service.scheduler
+        at_scrape = metrics.read_at_scrape
+        at_scrape(metrics.queued_requests, lambda: scheduler.load().queued_requests)
+        at_scrape(metrics.running_requests, lambda: scheduler.load().running_requests)
+        at_scrape(metrics.queued_tokens, lambda: scheduler.load().queued_tokens)
+        at_scrape(metrics.kv_used_bytes.labels("device"), lambda: engine.pool.used_bytes)
+        at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
+        for state in SessionState:
+            at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
+        metrics.start_time.set_to_current_time()
+        metrics.build_info.labels(__version__, str(engine.model.device), engine.attention_backend).set(1)
+        metrics.ready.set(1)
+
+    async def stop(self) -> None:
+        """Refuses new work, stops what runs at its next layer, frees everything."""
+        self._stopping = True
+        self._metrics.ready.set(0)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._service is not None:
+            await asyncio.to_thread(self._service.scheduler.stop)
+        if self._grpc is not None:
+            await self._grpc.stop(_GRACE_SECONDS)
+        if self._service is not None:
+            self._service.manager.close()
+        if self._http is not None:
+            self._http[0].shutdown()
+            self._http[0].server_close()
+            self._http[1].join()
+
+    def _gate(self, method: str) -> None:
+        if self._stopping:
+            raise PrefillError(Reason.SHUTTING_DOWN, "the server is stopping: try another one", retry_after_seconds=1.0)
+        if self._service is None:
+            raise PrefillError(
+                Reason.NOT_READY, f"{method}: the model is still loading: try again", retry_after_seconds=1.0
+            )
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", *(service.full_name for service in SERVICES)):
+            await self._health.set(name, status)
+
+    async def _sweep(self, manager: SessionManager) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            manager.sweep()
+
+
+_ADDERS: tuple[Callable[[Any, Any], None], ...] = (
+    prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server,
+    session_service_pb2_grpc.add_SessionServiceServicer_to_server,
+    kv_transfer_service_pb2_grpc.add_KvTransferServiceServicer_to_server,
+    server_service_pb2_grpc.add_ServerServiceServicer_to_server,
+)
+
+
+def _methods() -> list[tuple[str, str, str]]:
+    kinds = {(False, False): "unary", (False, True): "server_stream", (True, False): "client_stream"}
+    return [
+        (service.full_name, method.name, kinds[method.client_streaming, method.server_streaming])
+        for service in SERVICES
+        for method in service.methods
+    ]
+
+
+def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        # Twice the limit, so that a message somewhat over it is refused by the interceptor, with details.
+        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
+    ]
+
+
+def _port_in_use(setting: str, host: str, port: int) -> PortInUseError:
+    flag = "--" + setting.replace("_", "-")
+    try:
+        with socket.create_server((host, port)):
+            cause = "cannot be bound"
+    except OSError as error:
+        cause = f"cannot be bound ({error.strerror})"
+    return PortInUseError(
+        f"{host}:{port} {cause}: stop what listens there, or choose another with {flag} (0 takes a free one)"
+    )
+
+
+def _count(manager: SessionManager, state: SessionState) -> float:
+    return manager.states()[state]
+
+
+def _with_context_limit(model: LoadedModel, limit: int) -> LoadedModel:
+    if not limit or limit >= model.max_sequence_tokens:
+        return model
+    return replace(model, max_sequence_tokens=limit)
+
+
+def _automatic_kv_bytes(model: LoadedModel) -> int:
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        return free_bytes // 2
+    return int(psutil.virtual_memory().available) // 2

@@ -1,0 +1,1 @@
+"""Model loading, one forward step, sampling."""

@@ -1,0 +1,126 @@
+"""One step of the model: a chunk of a prefill, or one decoded token. Called from the scheduler's thread only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as TokenIds
+
+import torch
+from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig
+from sale_attention.transformers_integration import AttentionContext, attention_context
+
+from sale_prefill_server.engine.model import LoadedModel
+from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
+from sale_prefill_server.kv.pool import KvPool
+
+#: Prefill a little at start, so that a first request meets warm kernels: enough tokens for sparse rows to exist.
+_WARM_UP_TOKENS = 1280
+
+
+class Engine:
+    """A loaded model with its KV pool.
+
+    Args:
+        model: the model.
+        pool: memory for KV.
+        defaults: attention of a session that asks for none.
+        config: SALE's geometry, the same for all sessions.
+        chunk_tokens: prefill chunk, a multiple of 128; boundaries are at its multiples by absolute position.
+        attention_backend: name of the backend that runs SALE.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: KvPool,
+        defaults: AttentionSettings,
+        config: SaleConfig,
+        *,
+        chunk_tokens: int,
+        attention_backend: str,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.defaults = defaults
+        self.config = config
+        self.chunk_tokens = chunk_tokens
+        self.attention_backend = attention_backend
+
+    def open(self, settings: AttentionSettings) -> Sequence:
+        """An empty sequence; the caller owns it."""
+        policy = LayerPolicy.uniform(
+            self.model.num_query_heads, tau=settings.threshold, query_stride=settings.query_stride
+        )
+        return Sequence(self.pool.create(), settings, [policy] * self.model.kv_shape.num_layers)
+
+    def next_boundary(self, position: int, end: int) -> int:
+        """Where the chunk that starts at `position` ends."""
+        return min((position // self.chunk_tokens + 1) * self.chunk_tokens, end)
+
+    def new_statistics(self) -> AttentionStatistics:
+        """An empty record of what attention did."""
+        return AttentionStatistics()
+
+    @torch.inference_mode()
+    def prefill_chunk(
+        self,
+        sequence: Sequence,
+        token_ids: TokenIds[int],
+        *,
+        prompt_end: int,
+        statistics: AttentionStatistics,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Appends `token_ids` to the sequence.
+
+        Args:
+            sequence: where to; room must have been reserved.
+            token_ids: one chunk.
+            prompt_end: position one past the last token of the whole request.
+            statistics: what attention did is added here.
+            on_layer: called after each layer's attention with its index; may raise to stop.
+
+        Returns:
+            Logits [vocabulary_size] float32 of the last position, on the CPU.
+        """
+        context = AttentionContext(
+            config=self.config,
+            policies=sequence.policies,
+            states=sequence.states,
+            dense=sequence.settings.mode is AttentionMode.DENSE,
+            prompt_end=prompt_end,
+            statistics=statistics,
+            on_layer=on_layer,
+            backend=self.attention_backend,
+        )
+        with attention_context(context):
+            return self._forward(sequence, token_ids)
+
+    @torch.inference_mode()
+    def decode_token(self, sequence: Sequence, token_id: int) -> torch.Tensor:
+        """Appends one token with dense attention; returns logits as `prefill_chunk` does."""
+        with attention_context(AttentionContext(config=self.config, dense=True)):
+            return self._forward(sequence, [token_id])
+
+    def _forward(self, sequence: Sequence, token_ids: TokenIds[int]) -> torch.Tensor:
+        input_ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.model.device)
+        output = self.model.module(
+            input_ids=input_ids, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1
+        )
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits.float().cpu()
+
+    def warm_up(self) -> float:
+        """Runs one short prefill and one decode step, building what is built just in time. Returns seconds."""
+        started = time.perf_counter()
+        count = min(_WARM_UP_TOKENS, self.model.max_sequence_tokens - 1)
+        sequence = self.open(self.defaults)
+        try:
+            sequence.kv.reserve(count + 1)
+            tokens = [position % self.model.vocabulary_size for position in range(count)]
+            self.prefill_chunk(sequence, tokens, prompt_end=count, statistics=self.new_statistics())
+            self.decode_token(sequence, 0)
+        finally:
+            sequence.release()
+        return time.perf_counter() - started

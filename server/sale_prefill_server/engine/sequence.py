@@ -1,0 +1,60 @@
+"""One session's compute state: its KV, the cache the model writes to, and what attention keeps between chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sale_attention import LayerPolicy, LayerState
+
+from sale_prefill_server.engine.cache import SessionCache
+from sale_prefill_server.kv.pool import SessionKv
+
+
+class AttentionMode(StrEnum):
+    """Attention method of prefill."""
+
+    SALE = "sale"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Attention of one session, fixed for its life so that chunks and appends cannot change a result.
+
+    `threshold` is tau, `query_stride` is 1, 2 or 4; both matter for SALE only.
+    """
+
+    mode: AttentionMode
+    threshold: float
+    query_stride: int
+
+
+class Sequence:
+    """Owned by its session; used by one engine step at a time.
+
+    `policies` and `states` hold one entry a layer. `states` can be recomputed from the KV and never travels.
+    """
+
+    def __init__(self, kv: SessionKv, settings: AttentionSettings, policies: list[LayerPolicy]) -> None:
+        self.kv = kv
+        self.settings = settings
+        self.policies = policies
+        self.states = [LayerState() for _ in policies]
+        self.cache = SessionCache(kv)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV is complete."""
+        return self.kv.num_tokens
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets everything from `num_tokens` on, half-written layers included."""
+        self.kv.truncate(num_tokens)
+        for state in self.states:
+            state.truncate(num_tokens)
+
+    def release(self) -> None:
+        """Gives the memory back once the last reader is done."""
+        self.states.clear()
+        self.kv.release()

@@ -1,0 +1,1 @@
+"""Where KV lives on the device."""

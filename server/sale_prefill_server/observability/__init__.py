@@ -1,0 +1,1 @@
+"""Metrics and logs, fed by events; nothing else imports this package."""

@@ -1,0 +1,1 @@
+"""Servicers: messages in, domain objects out, no decisions."""

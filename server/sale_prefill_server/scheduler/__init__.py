@@ -1,0 +1,1 @@
+"""Admission, queue, chunk plan and cancellation: what runs next, and for whom."""

@@ -1,0 +1,1 @@
+"""Life cycle of retained KV caches: states, leases, expiry."""

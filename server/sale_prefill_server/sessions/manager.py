@@ -1,0 +1,214 @@
+"""Sessions by tenant and id: creation, check-out for one request at a time, leases, expiry."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from sale_prefill_server.engine.sequence import Sequence as EngineSequence
+from sale_prefill_server.errors import PrefillError, Reason
+from sale_prefill_server.events import EventBus, LeaseRenewed, SessionChanged
+from sale_prefill_server.sessions.session import Retention, Session, SessionInfo, SessionState
+
+#: Ids of ended sessions that are remembered, to tell an expired session from an unknown one.
+REMEMBERED_ENDS = 65536
+
+Key = tuple[str, str]
+
+
+class SessionManager:
+    """Owns every session. Thread-safe; nothing here waits for compute.
+
+    Args:
+        events: told of every change of state.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, events: EventBus, clock: Callable[[], float] = time.monotonic) -> None:
+        self._events = events
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._sessions: dict[Key, Session] = {}
+        self._expired: OrderedDict[Key, None] = OrderedDict()
+
+    def get(self, tenant: str, session_id: str) -> Session:
+        """The session of that id.
+
+        Raises:
+            PrefillError: SESSION_EXPIRED or SESSION_UNKNOWN.
+        """
+        with self._lock:
+            self._expire((tenant, session_id))
+            session = self._sessions.get((tenant, session_id))
+            if session is not None:
+                return session
+            if (tenant, session_id) in self._expired:
+                raise PrefillError(
+                    Reason.SESSION_EXPIRED,
+                    f"session {session_id!r} expired and its KV was freed: prefill again, and renew the lease in time",
+                    metadata={"session_id": session_id},
+                )
+            raise PrefillError(
+                Reason.SESSION_UNKNOWN,
+                f"session {session_id!r} is not held here: it was never created, or it was deleted",
+                metadata={"session_id": session_id},
+            )
+
+    def find(self, tenant: str, session_id: str) -> Session | None:
+        """The session of that id, or None."""
+        with self._lock:
+            self._expire((tenant, session_id))
+            return self._sessions.get((tenant, session_id))
+
+    def list(self, tenant: str) -> list[Session]:
+        """The tenant's sessions, oldest first."""
+        with self._lock:
+            self.sweep()
+            return [session for (owner, _), session in self._sessions.items() if owner == tenant]
+
+    def states(self) -> Mapping[SessionState, int]:
+        """How many sessions there are in each state."""
+        with self._lock:
+            counts = dict.fromkeys(SessionState, 0)
+            for session in self._sessions.values():
+                counts[session.state] += 1
+            return counts
+
+    def create(
+        self, tenant: str, session_id: str, sequence: EngineSequence, retention: Retention, labels: Mapping[str, str]
+    ) -> Session:
+        """A new session, checked out; an empty id gets a fresh one. The manager owns `sequence` from now on."""
+        with self._lock:
+            session_id = session_id or uuid.uuid4().hex
+            if (tenant, session_id) in self._sessions:
+                raise ValueError(f"session {session_id!r} exists; check it out instead")
+            session = Session(tenant, session_id, sequence, retention, dict(labels))
+            self._sessions[tenant, session_id] = session
+            self._expired.pop((tenant, session_id), None)
+        self._changed("none", session.state, "created")
+        return session
+
+    def check_out(self, session: Session) -> None:
+        """Gives the caller the right to change the session's contents, until `check_in`.
+
+        Raises:
+            PrefillError: SESSION_BUSY.
+        """
+        with self._lock:
+            if session.state is SessionState.BUSY:
+                raise PrefillError(
+                    Reason.SESSION_BUSY,
+                    f"session {session.session_id!r} is busy with another request: wait for it, or delete with force",
+                    metadata={"session_id": session.session_id},
+                )
+            session.state_before_busy = session.state
+            session.state = SessionState.BUSY
+        self._changed(session.state_before_busy, SessionState.BUSY, "request")
+
+    def check_in(self, session: Session, state: SessionState) -> None:
+        """Ends a check-out: the lease starts or goes on, and a session that nobody may keep is freed."""
+        with self._lock:
+            session.state = state
+            now = self._clock()
+            lease_end = now + session.retention.lease_seconds
+            if session.deadline_seconds is None:
+                session.deadline_seconds = lease_end
+            elif session.retention.sliding:
+                session.deadline_seconds = max(session.deadline_seconds, lease_end)
+            doomed = session.delete_when_idle
+        self._changed(SessionState.BUSY, state, "done")
+        if doomed:
+            self._end(session, "deleted")
+        else:
+            self._expire((session.tenant, session.session_id))
+
+    def renew(self, tenant: str, session_id: str, lease_seconds: float | None) -> Session | None:
+        """Extends a lease to `lease_seconds` (its own by default) from now; never shortens. None where absent."""
+        session = self.find(tenant, session_id)
+        self._events.emit(LeaseRenewed(found=session is not None))
+        if session is not None:
+            with self._lock:
+                wanted = session.retention.lease_seconds if lease_seconds is None else lease_seconds
+                session.deadline_seconds = max(session.deadline_seconds or 0.0, self._clock() + wanted)
+        return session
+
+    def update(self, session: Session, retention: Retention | None, labels: Mapping[str, str] | None) -> None:
+        """Changes the policy, the labels or both; a shorter lease_seconds takes effect with the next request."""
+        with self._lock:
+            if retention is not None:
+                session.retention = retention
+                if session.deadline_seconds is not None:
+                    session.deadline_seconds = max(session.deadline_seconds, self._clock() + retention.lease_seconds)
+            if labels is not None:
+                session.labels = dict(labels)
+
+    def delete(self, session: Session) -> int:
+        """Frees an idle session now, a busy one at its check-in. Returns the bytes that this frees."""
+        with self._lock:
+            freed_bytes = session.sequence.kv.size_bytes
+            if session.state is SessionState.BUSY:
+                session.delete_when_idle = True
+                return freed_bytes
+        self._end(session, "deleted")
+        return freed_bytes
+
+    def drop(self, session: Session, reason: str) -> None:
+        """Frees a session whatever its state; for the request that has it checked out."""
+        self._end(session, reason)
+
+    def describe(self, session: Session) -> SessionInfo:
+        """The session as it is now."""
+        with self._lock:
+            idle = session.state is not SessionState.BUSY and session.deadline_seconds is not None
+            return SessionInfo(
+                session_id=session.session_id,
+                state=session.state,
+                num_tokens=session.num_tokens,
+                size_bytes=session.sequence.kv.size_bytes,
+                created_unix_seconds=session.created_unix_seconds,
+                remaining_lease_seconds=max(0.0, (session.deadline_seconds or 0.0) - self._clock()) if idle else None,
+                generation=session.generation,
+                token_digest=session.token_digest(),
+                retention=session.retention,
+                settings=session.sequence.settings,
+                labels=dict(session.labels),
+            )
+
+    def sweep(self) -> None:
+        """Ends every session whose lease is over."""
+        with self._lock:
+            for key in list(self._sessions):
+                self._expire(key)
+
+    def close(self) -> None:
+        """Ends every session, at shutdown."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                self._end(session, "shutdown")
+
+    def _expire(self, key: Key) -> None:
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is None or session.state is SessionState.BUSY or session.deadline_seconds is None:
+                return
+            if session.deadline_seconds <= self._clock():
+                self._end(session, "released" if session.retention.lease_seconds == 0 else "expired")
+
+    def _end(self, session: Session, reason: str) -> None:
+        key = (session.tenant, session.session_id)
+        with self._lock:
+            if self._sessions.pop(key, None) is None:
+                return
+            if reason in ("expired", "released"):
+                self._expired[key] = None
+                while len(self._expired) > REMEMBERED_ENDS:
+                    self._expired.popitem(last=False)
+            session.sequence.release()
+            session.last_logits = None
+        self._changed(session.state, "gone", reason, time.monotonic() - session.created_seconds)
+
+    def _changed(self, old_state: str, new_state: str, reason: str, lifetime_seconds: float = 0.0) -> None:
+        self._events.emit(SessionChanged(str(old_state), str(new_state), reason, lifetime_seconds))

@@ -1,0 +1,1 @@
+"""KV bytes on the wire."""
