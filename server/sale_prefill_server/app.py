@@ -22,6 +22,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
+
 from sale_attention import SaleConfig
 from sale_prefill.v1 import (
     kv_transfer_service_pb2,
@@ -34,7 +35,6 @@ from sale_prefill.v1 import (
     session_service_pb2_grpc,
 )
 from sale_prefill_client._version import __version__
-
 from sale_prefill_server.config import ServerConfig
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model

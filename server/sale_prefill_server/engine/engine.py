@@ -7,9 +7,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
 
 import torch
+
 from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig
 from sale_attention.transformers_integration import AttentionContext, attention_context
-
 from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.kv.pool import KvPool

@@ -21,8 +21,8 @@ class PrefillReport:
     """Where the time of a prefill went, in seconds, and how sparse its attention was.
 
     `compute_seconds` is the request's own engine time; estimation, attention and other add up to it. A block is a query
-    block x key block of one head in one layer; `dense_rows` counts query token x head x layer by reason. `backend` is the
-    attention backend of the rows that were not dense.
+    block x key block of one head in one layer; `dense_rows` counts query token x head x layer by reason. `backend` is
+    the attention backend of the rows that were not dense.
     """
 
     queue_seconds: float

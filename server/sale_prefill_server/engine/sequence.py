@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sale_attention import LayerPolicy, LayerState
-
 from sale_prefill_server.engine.cache import SessionCache
 from sale_prefill_server.kv.pool import SessionKv
 

@@ -7,8 +7,8 @@ import re
 from array import array
 
 from google.protobuf.duration_pb2 import Duration
-from sale_prefill.v1 import kv_pb2, prefill_service_pb2, session_service_pb2
 
+from sale_prefill.v1 import kv_pb2, prefill_service_pb2, session_service_pb2
 from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.report import PrefillReport
 from sale_prefill_server.engine.sampling import SampledToken, Sampling
@@ -237,12 +237,9 @@ class Converter:
             labels=info.labels,
         )
         message.create_time.FromNanoseconds(int(info.created_unix_seconds * 1e9))
-        if info.remaining_lease_seconds is not None:
+        if info.remaining_lease_seconds is not None and info.expire_unix_seconds is not None:
             message.remaining_lease_duration.CopyFrom(duration(info.remaining_lease_seconds))
-            message.expire_time.GetCurrentTime()
-            message.expire_time.FromNanoseconds(
-                message.expire_time.ToNanoseconds() + int(info.remaining_lease_seconds * 1e9)
-            )
+            message.expire_time.FromNanoseconds(int(info.expire_unix_seconds * 1e9))
         return message
 
     def prefill_result(self, done: PrefillDone) -> prefill_service_pb2.PrefillResult:

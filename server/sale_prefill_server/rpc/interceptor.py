@@ -68,7 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if size_bytes > self._max_message_bytes:
             raise PrefillError(
                 Reason.MESSAGE_TOO_LARGE,
-                f"the request has {size_bytes} bytes, the limit is {self._max_message_bytes}: send fewer tokens a request",
+                f"the request has {size_bytes} bytes, the limit is {self._max_message_bytes}: send fewer tokens",
                 metadata={"size_bytes": size_bytes, "max_message_bytes": self._max_message_bytes},
             )
 

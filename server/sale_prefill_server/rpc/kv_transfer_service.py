@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
+
 from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
-
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.events import EventBus, KvTransferred
 from sale_prefill_server.rpc.convert import Converter, required_identifier
@@ -114,7 +114,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
             raise invalid_field("layout", f"{request.layout} is no KvLayout; ask for THD or HTD")
         if request.checksum_algorithm not in _CHECKSUMS:
             raise invalid_field("checksum_algorithm", f"{request.checksum_algorithm} is none that this server knows")
-        chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
+        chunk_bytes = request.chunk_bytes or min(DEFAULT_CHUNK_BYTES, self._max_chunk_bytes)
         if not MINIMUM_CHUNK_BYTES <= chunk_bytes <= self._max_chunk_bytes:
             raise invalid_field(
                 "chunk_bytes", f"{chunk_bytes}: must be {MINIMUM_CHUNK_BYTES} to {self._max_chunk_bytes}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import grpc
+
 from sale_prefill.v1 import prefill_service_pb2 as pb
 from sale_prefill.v1 import prefill_service_pb2_grpc
-
 from sale_prefill_server.engine.sampling import SampledToken
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.rpc.convert import Converter, accepted_message, progress_message, token_message

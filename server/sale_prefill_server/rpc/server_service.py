@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
+
 from sale_prefill.v1 import kv_transfer_service_pb2, server_service_pb2_grpc
 from sale_prefill.v1 import server_service_pb2 as pb
-
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.models.tokenizer_files import TokenizerFiles

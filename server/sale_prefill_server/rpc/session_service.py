@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import grpc
+
 from sale_prefill.v1 import session_service_pb2 as pb
 from sale_prefill.v1 import session_service_pb2_grpc
-
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.rpc.convert import Converter, labels_of, required_identifier, seconds_of
 from sale_prefill_server.rpc.interceptor import current_caller

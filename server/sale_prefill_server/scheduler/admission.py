@@ -87,10 +87,7 @@ class Admission:
                 return Admitted(earlier.job, joined=True)
             self._check_tokens(command.token_ids)
             self._check_queue()
-            if isinstance(command, PrefillCommand):
-                task = self._new_prefill(command)
-            else:
-                task = self._new_decode(command)
+            task = self._new_prefill(command) if isinstance(command, PrefillCommand) else self._new_decode(command)
         except PrefillError as error:
             self._events.emit(RequestFinished(kind=kind, outcome="rejected", reason=error.reason))
             raise

@@ -9,6 +9,7 @@ from sale_prefill_server.engine.sampling import Sampler
 from sale_prefill_server.events import FirstToken
 from sale_prefill_server.scheduler.messages import DecodeDone, FinishReason
 from sale_prefill_server.scheduler.task import Task
+from sale_prefill_server.sessions.session import SessionInfo
 
 
 class DecodeTask(Task):
@@ -71,10 +72,10 @@ class DecodeTask(Task):
         session.sequence.truncate(session.num_tokens - 1)
         session.last_logits = self._engine.decode_token(session.sequence, session.tokens[-1])
 
-    def _outcome(self) -> DecodeDone:
+    def _outcome(self, session: SessionInfo) -> DecodeDone:
         appended = self._append.end > self._append.start
         return DecodeDone(
-            session=self._manager.describe(self.session),
+            session=session,
             finish_reason=self._finish_reason,
             prefill=self._append.report(self.job.queue_seconds) if appended else None,
             queue_seconds=self.job.queue_seconds,

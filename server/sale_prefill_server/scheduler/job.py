@@ -12,7 +12,7 @@ from sale_prefill_server.errors import PrefillError
 from sale_prefill_server.scheduler.messages import Accepted, DecodeDone, PrefillDone, Progress
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Raised inside a step when nobody wants its job any more."""
 
 

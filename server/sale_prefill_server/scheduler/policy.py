@@ -22,8 +22,8 @@ class TaskView:
 def choose(tasks: Sequence[TaskView]) -> int:
     """Index of the task to run.
 
-    Prefills run one after the other, in order of arrival; decodes share the engine with the running prefill in turns, so
-    that neither starves. A task that nobody wants any more goes first: ending it frees memory.
+    Prefills run one after the other, in order of arrival; decodes share the engine with the running prefill in turns,
+    so that neither starves. A task that nobody wants any more goes first: ending it frees memory.
 
     Raises:
         ValueError: no tasks.

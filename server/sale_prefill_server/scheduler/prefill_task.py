@@ -7,6 +7,7 @@ from typing import Any
 from sale_prefill_server.engine.sampling import best_logits
 from sale_prefill_server.scheduler.messages import PrefillDone
 from sale_prefill_server.scheduler.task import Task
+from sale_prefill_server.sessions.session import SessionInfo
 
 
 class PrefillTask(Task):
@@ -17,6 +18,7 @@ class PrefillTask(Task):
     def __init__(self, *arguments: Any, num_top_logits: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._num_top_logits = num_top_logits
+        self._top_logits: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def prefilling(self) -> bool:
@@ -25,13 +27,9 @@ class PrefillTask(Task):
 
     def _step(self) -> bool:
         self._append.step(self.job)
+        if self.session.last_logits is not None:
+            self._top_logits = best_logits(self.session.last_logits, self._num_top_logits)
         return self._append.remaining_tokens == 0
 
-    def _outcome(self) -> PrefillDone:
-        logits = self.session.last_logits
-        assert logits is not None
-        return PrefillDone(
-            self._manager.describe(self.session),
-            best_logits(logits, self._num_top_logits),
-            self._append.report(self.job.queue_seconds),
-        )
+    def _outcome(self, session: SessionInfo) -> PrefillDone:
+        return PrefillDone(session, self._top_logits, self._append.report(self.job.queue_seconds))

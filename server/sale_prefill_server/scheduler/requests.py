@@ -55,7 +55,7 @@ class RequestRegistry:
         if entry.fingerprint != fingerprint(command):
             raise PrefillError(
                 Reason.REQUEST_ID_REUSED,
-                f"request_id {command.request_id!r} came before with a different request: use a fresh id for each request",
+                f"request_id {command.request_id!r} came before with a different request: use a fresh id for each",
                 metadata={"request_id": command.request_id},
                 field="request_id",
             )

@@ -98,7 +98,7 @@ class Scheduler:
     def load(self) -> Load:
         """How busy the engine is now."""
         with self._condition:
-            tasks = [task for _, task in self._tasks]
+            tasks = [task for _, task in self._tasks if not task.job.done]
         running = sum(task.job.started_seconds is not None for task in tasks)
         return Load(
             running_requests=running,

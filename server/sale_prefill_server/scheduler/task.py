@@ -11,10 +11,10 @@ from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.report import PrefillReport, make_report
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.events import EventBus, PrefillChunkDone, PrefillWork, RequestFinished
-from sale_prefill_server.scheduler.job import Job, Stopped
+from sale_prefill_server.scheduler.job import Job, StoppedError
 from sale_prefill_server.scheduler.messages import Accepted, DecodeDone, InterruptPolicy, PrefillDone
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Session, SessionState
+from sale_prefill_server.sessions.session import Session, SessionInfo, SessionState
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class Append:
     @property
     def remaining_tokens(self) -> int:
         """Tokens still to compute."""
-        return self.end - self._session.num_tokens
+        return max(0, self.end - self._session.num_tokens)  # a decode grows the session past the appended tokens
 
     def step(self, job: Job) -> None:
         """Computes the next chunk.
 
         Raises:
-            Stopped: nobody wants the job any more; the session holds whole chunks only.
+            StoppedError: nobody wants the job any more; the session holds whole chunks only.
         """
         session, position = self._session, self._session.num_tokens
         boundary = self._engine.next_boundary(position, self.end)
@@ -50,7 +50,7 @@ class Append:
 
         def on_layer(layer: int) -> None:
             if job.unwanted:
-                raise Stopped
+                raise StoppedError
             done = position - self.start + len(chunk) * (layer + 1) / self._engine.model.kv_shape.num_layers
             job.report_progress(position, done / (self.end - self.start))
 
@@ -141,7 +141,7 @@ class Task(ABC):
         self.job.start()
         try:
             over = self._step()
-        except Stopped:
+        except StoppedError:
             self._stop()
             return True
         except PrefillError as error:
@@ -152,7 +152,7 @@ class Task(ABC):
             self._fail(
                 PrefillError(
                     Reason.ENGINE_FAILED,
-                    f"the engine failed ({type(error).__name__}: {error}); the session is as it was before this request",
+                    f"the engine failed ({type(error).__name__}: {error}); the session is as it was before",
                 )
             )
             return True
@@ -170,12 +170,11 @@ class Task(ABC):
         """One step of work; True after the last one."""
 
     @abstractmethod
-    def _outcome(self) -> PrefillDone | DecodeDone:
-        """The result, once the session is checked in."""
+    def _outcome(self, session: SessionInfo) -> PrefillDone | DecodeDone:
+        """The result, with the session as it was checked in."""
 
     def _finish(self) -> None:
-        self._manager.check_in(self.session, SessionState.READY)
-        outcome = self._outcome()
+        outcome = self._outcome(self._manager.check_in(self.session, SessionState.READY))
         self._emit("ok", "")
         self.job.finish(outcome)
 

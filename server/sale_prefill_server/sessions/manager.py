@@ -108,8 +108,12 @@ class SessionManager:
             session.state = SessionState.BUSY
         self._changed(session.state_before_busy, SessionState.BUSY, "request")
 
-    def check_in(self, session: Session, state: SessionState) -> None:
-        """Ends a check-out: the lease starts or goes on, and a session that nobody may keep is freed."""
+    def check_in(self, session: Session, state: SessionState) -> SessionInfo:
+        """Ends a check-out: the lease starts or goes on, and a session that nobody may keep is freed.
+
+        Returns:
+            The session as it was left, before another request can take it.
+        """
         with self._lock:
             session.state = state
             now = self._clock()
@@ -119,11 +123,13 @@ class SessionManager:
             elif session.retention.sliding:
                 session.deadline_seconds = max(session.deadline_seconds, lease_end)
             doomed = session.delete_when_idle
+            info = self.describe(session)
         self._changed(SessionState.BUSY, state, "done")
         if doomed:
             self._end(session, "deleted")
         else:
             self._expire((session.tenant, session.session_id))
+        return info
 
     def renew(self, tenant: str, session_id: str, lease_seconds: float | None) -> Session | None:
         """Extends a lease to `lease_seconds` (its own by default) from now; never shortens. None where absent."""
@@ -162,14 +168,17 @@ class SessionManager:
     def describe(self, session: Session) -> SessionInfo:
         """The session as it is now."""
         with self._lock:
-            idle = session.state is not SessionState.BUSY and session.deadline_seconds is not None
+            remaining_seconds = None
+            if session.state is not SessionState.BUSY and session.deadline_seconds is not None:
+                remaining_seconds = max(0.0, session.deadline_seconds - self._clock())
             return SessionInfo(
                 session_id=session.session_id,
                 state=session.state,
                 num_tokens=session.num_tokens,
                 size_bytes=session.sequence.kv.size_bytes,
                 created_unix_seconds=session.created_unix_seconds,
-                remaining_lease_seconds=max(0.0, (session.deadline_seconds or 0.0) - self._clock()) if idle else None,
+                remaining_lease_seconds=remaining_seconds,
+                expire_unix_seconds=None if remaining_seconds is None else time.time() + remaining_seconds,
                 generation=session.generation,
                 token_digest=session.token_digest(),
                 retention=session.retention,

@@ -42,9 +42,9 @@ class Retention:
 class Session:
     """A session's state is its token ids, its KV and the last position's logits.
 
-    `last_logits` [vocabulary_size] float32 on the CPU is None where it must be recomputed from the last token. Times are
-    `time.monotonic` seconds but for `created_unix_seconds`. Owned by the manager, which locks around every change of
-    state and lease; contents are changed only by the one request that checked the session out.
+    `last_logits` [vocabulary_size] float32 on the CPU is None where it must be recomputed from the last token. Times
+    are `time.monotonic` seconds but for `created_unix_seconds`. Owned by the manager, which locks around every change
+    of state and lease; contents are changed only by the one request that checked the session out.
     """
 
     tenant: str
@@ -94,7 +94,7 @@ class Session:
 class SessionInfo:
     """A session as it was at one moment, for those who do not own it.
 
-    `remaining_lease_seconds` is None while a request is running.
+    `remaining_lease_seconds` and `expire_unix_seconds` are None while a request is running.
     """
 
     session_id: str
@@ -103,6 +103,7 @@ class SessionInfo:
     size_bytes: int
     created_unix_seconds: float
     remaining_lease_seconds: float | None
+    expire_unix_seconds: float | None
     generation: int
     token_digest: bytes
     retention: Retention
