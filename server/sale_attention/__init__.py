@@ -1,0 +1,39 @@
+"""SALE sparse attention for long-context prefill, as a library on torch tensors.
+
+The method: "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling", arXiv 2505.24179.
+`attend` is the one call; `sale_attention.transformers_integration` registers it as `attn_implementation="sale"`.
+"""
+
+from . import reference as _reference  # registers the backends of this package
+from .attention import AttentionResult, attend
+from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
+from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
+from .geometry import BlockGrid
+from .kv_view import KvView
+from .quantise import KeyCodes, QueryCodes
+from .select import Selection
+from .state import LayerState
+from .statistics import AttentionStatistics
+
+del _reference
+
+__all__ = [
+    "DEFAULT_TAU",
+    "AttentionBackend",
+    "AttentionRequest",
+    "AttentionResult",
+    "AttentionStatistics",
+    "BlockGrid",
+    "HeadPlan",
+    "KeyCodes",
+    "KvView",
+    "LayerPolicy",
+    "LayerState",
+    "QueryCodes",
+    "SaleConfig",
+    "Selection",
+    "attend",
+    "available_backends",
+    "get_backend",
+    "register_backend",
+]

@@ -1,0 +1,242 @@
+"""`attend`: quantise -> sink-local log-sum-exp -> select -> compute, and dense attention where SALE does not apply."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import AttentionBackend, AttentionRequest, get_backend
+from .config import HeadPlan, LayerPolicy, SaleConfig
+from .dense import dense_log_sum_exp
+from .geometry import BlockGrid
+from .kv_view import KvView
+from .quantise import KeyCodes, quantise_key
+from .sink_local import row_thresholds
+from .state import LayerState, initial_key_centre
+from .statistics import AttentionStatistics
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionResult:
+    """Attention of one call.
+
+    Attributes:
+        output: `[B, H, Nq, d_v]`, the query's dtype.
+        lse: float32 `[B, H, Nq]`, natural log-sum-exp over the keys attended to; None if not asked for.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+
+
+def attend(
+    query: Tensor,
+    kv: KvView,
+    *,
+    policy: LayerPolicy | None = None,
+    config: SaleConfig | None = None,
+    state: LayerState | None = None,
+    scale: float | None = None,
+    prompt_end: int | None = None,
+    statistics: AttentionStatistics | None = None,
+    layer: int = 0,
+    backend: str = "reference",
+    dense: bool = False,
+    window: int | None = None,
+    return_lse: bool = True,
+) -> AttentionResult:
+    """Causal attention of `query`, the last Nq positions of `kv`, by SALE (arXiv 2505.24179).
+
+    Rows below `config.dense_rows`, heads with tau = 0, and calls that SALE or the backend does not cover run dense;
+    `statistics` says which and why. Results do not depend on how a prompt is split into calls if the splits lie at
+    multiples of 128 and `prompt_end` is the same in each.
+
+    Args:
+        query: `[B, H, Nq, d]`, bfloat16, float16, float32 or float64; H a multiple of the KV heads.
+        kv: keys and values `[B, Hkv, Nk, d]`, `Nk >= Nq`, contiguous or paged.
+        policy: per-head thresholds and strides; default `LayerPolicy.uniform(H)`.
+        config: block geometry and code width; default `SaleConfig()`.
+        state: key codes of this session and layer, extended in place; None quantises all keys again.
+        scale: softmax scale, default 1 / sqrt(d).
+        prompt_end: absolute end of the whole prompt; its last rows are all inspected whatever the stride. Default Nk.
+        statistics: what to add this call's costs to.
+        layer: the layer's index in `statistics`.
+        backend: a registered backend's name; "dense" runs everything dense.
+        dense: run everything dense.
+        window: sliding window in tokens, itself included; runs dense, since SALE's blocks know no window.
+        return_lse: False leaves `lse` out, and saves a pass over the scores of dense rows.
+
+    Raises:
+        ValueError: for tensors, policy or values that do not fit together, naming them.
+    """
+    config = SaleConfig() if config is None else config
+    _check_inputs(query, kv, window)
+    policy = LayerPolicy.uniform(query.shape[1]) if policy is None else policy
+    if policy.num_heads != query.shape[1]:
+        raise ValueError(f"the policy has {policy.num_heads} heads, the query {query.shape[1]}")
+    call = _Call(
+        query=query,
+        kv=kv,
+        policy=policy,
+        config=config,
+        state=state,
+        scale=1.0 / math.sqrt(query.shape[3]) if scale is None else scale,
+        plan=HeadPlan.resolve(policy, config, kv.tokens if prompt_end is None else prompt_end),
+        statistics=statistics,
+        layer=layer,
+        backend=get_backend(backend),
+        return_lse=return_lse,
+    )
+    if dense or backend == "dense":
+        return call.all_dense("requested", None, window)
+    unsupported = call.unsupported(window)
+    if unsupported is not None:
+        return call.all_dense("unsupported", unsupported, window)
+    return call.run()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One `attend`, its defaults filled in."""
+
+    query: Tensor
+    kv: KvView
+    policy: LayerPolicy
+    config: SaleConfig
+    state: LayerState | None
+    scale: float
+    plan: HeadPlan
+    statistics: AttentionStatistics | None
+    layer: int
+    backend: AttentionBackend
+    return_lse: bool
+
+    def unsupported(self, window: int | None) -> str | None:
+        """Why this call cannot be sparse, if so."""
+        if window is not None:
+            return f"sliding window of {window} tokens"
+        if torch.is_grad_enabled() and (self.query.requires_grad or self.kv.keys.requires_grad):
+            return "gradients are wanted; SALE is for inference"
+        return self.backend.supports(AttentionRequest(self.query, self.kv, self.policy, self.config))
+
+    def all_dense(self, reason: str, explanation: str | None, window: int | None) -> AttentionResult:
+        """Everything through dense attention."""
+        batch, heads, rows, _ = self.query.shape
+        self._count_dense(BlockGrid.of(rows, self.kv.tokens, self.config), list(range(heads)), reason, explanation)
+        if self.statistics is not None:
+            self.statistics.count_rows(rows, batch * heads)
+        return AttentionResult(*self._dense(self.query, self.kv, window))
+
+    def run(self) -> AttentionResult:
+        """Dense rows first, then the sparse ones."""
+        batch, heads, rows, _ = self.query.shape
+        offset = self.kv.tokens - rows
+        dense_rows = min(max(0, self.config.dense_rows - offset), rows)
+        if self.statistics is not None:
+            self.statistics.count_rows(rows, batch * heads)
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        if dense_rows:
+            prefix = self.kv.prefix(offset + dense_rows)
+            grid = BlockGrid.of(dense_rows, prefix.tokens, self.config)
+            self._count_dense(grid, list(range(heads)), "short")
+            parts.append(self._dense(self.query[:, :, :dense_rows], prefix, None))
+        if dense_rows < rows:
+            parts.append(self._sparse(self.query[:, :, dense_rows:]))
+        if len(parts) == 1:
+            return AttentionResult(*parts[0])
+        output = torch.cat([part[0] for part in parts], dim=2)
+        return AttentionResult(
+            output, torch.cat([part[1] for part in parts if part[1] is not None], dim=2) if self.return_lse else None
+        )
+
+    def _sparse(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        grid = BlockGrid.of(query.shape[2], self.kv.tokens, self.config)
+        kv, plan, backend, scale = self.kv, self.plan, self.backend, self.scale
+        if all(plan.dense):
+            output, lse = query.new_empty(*query.shape[:3], kv.value_dim), query.new_empty(query.shape[:3]).float()
+        else:
+            with self._phase("quantise"):
+                key_codes = self._key_codes()
+                query_codes = backend.quantise_query(query, grid, self.config)
+            with self._phase("sink_local"):
+                centred_lse = backend.sink_local_lse(query, kv, key_codes.centre, grid, scale)
+                thresholds = row_thresholds(centred_lse, query_codes, self.policy.log_tau(), scale)
+            with self._phase("select"):
+                selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
+            with self._phase("compute"):
+                output, lse = backend.compute(query, kv, selection, plan, grid, scale)
+            self._count_sparse(grid, selection.kept_blocks())
+        self._fill_dense_heads(query, grid, output, lse)
+        return output, lse if self.return_lse else None
+
+    def _key_codes(self) -> KeyCodes:
+        if self.state is not None:
+            return self.state.update(self.kv, self.policy, self.config, self.backend)
+        centre, _ = initial_key_centre(self.kv, self.policy, self.config)
+        return quantise_key(self.kv, centre, self.config)
+
+    def _fill_dense_heads(self, query: Tensor, grid: BlockGrid, output: Tensor, lse: Tensor) -> None:
+        """Dense attention of the heads with tau = 0, one KV head at a time."""
+        group = query.shape[1] // self.kv.kv_heads
+        for kv_head in range(self.kv.kv_heads):
+            heads = [h for h in range(kv_head * group, (kv_head + 1) * group) if self.plan.dense[h]]
+            if not heads:
+                continue
+            chosen = slice(kv_head, kv_head + 1)
+            kv = KvView(self.kv.keys[:, chosen], self.kv.values[:, chosen], self.kv.page_table, self.kv.length)
+            self._count_dense(grid, heads, "head")
+            output[:, heads], head_lse = self._dense(query[:, heads], kv, None)
+            if head_lse is not None:
+                lse[:, heads] = head_lse
+
+    def _dense(self, query: Tensor, kv: KvView, window: int | None) -> tuple[Tensor, Tensor | None]:
+        with self._phase("dense"):
+            output = self.backend.dense(query, kv, self.scale, window)
+            lse = dense_log_sum_exp(query, kv, scale=self.scale, window=window) if self.return_lse else None
+        return output, lse
+
+    def _count_dense(self, grid: BlockGrid, heads: list[int], reason: str, explanation: str | None = None) -> None:
+        if self.statistics is None:
+            return
+        batch, all_heads = self.query.shape[:2]
+        blocks = torch.zeros(all_heads, dtype=torch.int64)
+        blocks[heads] = grid.causal_blocks() * batch
+        blocks = blocks.to(self.query.device, non_blocking=True)
+        self.statistics.count_blocks(self.layer, blocks, blocks)
+        self.statistics.count_dense(grid.query_tokens, batch * len(heads), reason, explanation)
+
+    def _count_sparse(self, grid: BlockGrid, kept_blocks: Tensor) -> None:
+        if self.statistics is None:
+            return
+        batch = self.query.shape[0]
+        sparse = torch.tensor([not dense for dense in self.plan.dense]).to(kept_blocks.device, non_blocking=True)
+        computed = (kept_blocks + grid.always_attended_blocks() * batch) * sparse
+        self.statistics.count_blocks(self.layer, computed, sparse * (grid.causal_blocks() * batch))
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.statistics is None else self.statistics.phase(name, self.query.device)
+
+
+def _check_inputs(query: Tensor, kv: KvView, window: int | None) -> None:
+    if query.ndim != 4 or query.shape[2] == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it must be [batch, heads, rows >= 1, head_dim]")
+    if query.shape[0] != kv.batch or query.shape[3] != kv.head_dim or query.shape[1] % kv.kv_heads:
+        raise ValueError(
+            f"query {tuple(query.shape)} does not fit keys of batch {kv.batch}, {kv.kv_heads} kv heads and head_dim "
+            f"{kv.head_dim}: batch and head_dim must be equal, heads a multiple of the kv heads"
+        )
+    if query.shape[2] > kv.tokens:
+        raise ValueError(f"{query.shape[2]} query rows but only {kv.tokens} keys; rows stand at the end of the keys")
+    if query.dtype not in _DTYPES or query.dtype != kv.dtype or query.device != kv.device:
+        raise ValueError(
+            f"query is {query.dtype} on {query.device}, keys are {kv.dtype} on {kv.device}; they must agree, in "
+            f"bfloat16, float16, float32 or float64"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1 token, or None")

@@ -1,0 +1,117 @@
+"""The interface of a backend, and the registry: one class and one `register_backend` call add one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import HeadPlan, LayerPolicy, SaleConfig
+from .dense import dense_attention
+from .geometry import BlockGrid
+from .kv_view import KvView
+from .quantise import KeyCodes, QueryCodes
+from .select import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRequest:
+    """What a backend is asked whether it can do.
+
+    Attributes:
+        query: `[B, H, Nq, d]`.
+        kv: keys and values, contiguous or paged.
+        policy: per-head settings.
+        config: block geometry and code width.
+    """
+
+    query: Tensor
+    kv: KvView
+    policy: LayerPolicy
+    config: SaleConfig
+
+
+class AttentionBackend(ABC):
+    """The phases of the method, each callable on explicit inputs, so that a conformance kit can compare each.
+
+    Rows are those at the end of the keys (`BlockGrid.offset`). `kv` may be paged in every phase. No phase may make the
+    host wait for a device that the phase did not already have to wait for.
+    """
+
+    name: str
+
+    @abstractmethod
+    def supports(self, request: AttentionRequest) -> str | None:
+        """None if this backend can run `request`, else the reason in words; the caller then runs it dense."""
+
+    @abstractmethod
+    def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
+        """Row codes of `[B, H, Nq, d]`, bit-identical to `quantise.quantise_query`."""
+
+    @abstractmethod
+    def quantise_key_range(
+        self, kv: KvView, centre: Tensor, config: SaleConfig, start: int, codes_out: Tensor, scales_out: Tensor
+    ) -> None:
+        """Codes of keys `[start, Nk)` written in place, bit-identical to `quantise.quantise_key_range`."""
+
+    @abstractmethod
+    def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+        """Log-sum-exp of centred sink and local scores, float32 `[B, H, Nq]`; see `sink_local`."""
+
+    @abstractmethod
+    def select(
+        self,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        thresholds: Tensor,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        kv: KvView,
+    ) -> Selection:
+        """Kept blocks, bit-identical to `select.select_blocks` from the same codes, scales and thresholds."""
+
+    @abstractmethod
+    def compute(
+        self, query: Tensor, kv: KvView, selection: Selection, plan: HeadPlan, grid: BlockGrid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, H, Nq, d_v]` and float32 log-sum-exp `[B, H, Nq]` over kept, sink and local blocks.
+
+        Rows of heads that `plan` calls dense are filled in by the caller.
+        """
+
+    def dense(self, query: Tensor, kv: KvView, scale: float, window: int | None) -> Tensor:
+        """Dense causal attention `[B, H, Nq, d_v]`; torch's SDPA unless a backend has a faster one."""
+        return dense_attention(query, kv, scale=scale, window=window)
+
+
+_REGISTRY: dict[str, AttentionBackend] = {}
+
+
+def register_backend(backend: AttentionBackend) -> None:
+    """Make `backend` available under its name.
+
+    Raises:
+        ValueError: if another backend has the name.
+    """
+    if backend.name in _REGISTRY:
+        raise ValueError(f"an attention backend named {backend.name!r} is registered already; choose another name")
+    _REGISTRY[backend.name] = backend
+
+
+def get_backend(name: str) -> AttentionBackend:
+    """The backend registered as `name`.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        known = ", ".join(available_backends())
+        raise ValueError(f"no attention backend named {name!r}; available: {known}") from None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the registered backends, in the order of registration."""
+    return tuple(_REGISTRY)

@@ -1,0 +1,155 @@
+"""Settings of the method: one `SaleConfig` a model, one `LayerPolicy` a layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_TAU = 0.004
+QUERY_STRIDES = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class SaleConfig:
+    """Block geometry and code width, the same for every layer (SALE, arXiv 2505.24179, sections 3 and 4).
+
+    All lengths are tokens; every boundary is an absolute position, so results do not depend on how a prompt is chunked
+    as long as chunk boundaries are multiples of 128.
+
+    Attributes:
+        query_block: rows that share one list of key blocks; 64 or 128.
+        key_block: keys that are kept or skipped together; 32.
+        sink_tokens: the first keys of the sequence, always attended; a multiple of `key_block`.
+        local_tokens: keys before a query block that are always attended (besides its own); a multiple of `key_block`.
+        dense_rows: rows at absolute positions below this attend to everything; a multiple of `query_block`.
+        centre_tokens: without a calibrated centre, keys are centred by the mean of positions 0 .. centre_tokens - 1.
+        code_bits: 8 (only K centred) or 4 (K and Q centred, both rotated by a Hadamard transform).
+        unstrided_tail_tokens: the last rows of a prompt, which are all inspected whatever the query stride.
+
+    Raises:
+        ValueError: for a value outside the above, naming it and what is accepted.
+    """
+
+    query_block: int = 64
+    key_block: int = 32
+    sink_tokens: int = 32
+    local_tokens: int = 128
+    dense_rows: int = 1024
+    centre_tokens: int = 1024
+    code_bits: int = 8
+    unstrided_tail_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        _require_one_of("query_block", self.query_block, (64, 128))
+        _require_one_of("key_block", self.key_block, (32,))
+        _require_one_of("code_bits", self.code_bits, (8, 4))
+        _require_multiple("sink_tokens", self.sink_tokens, "key_block", self.key_block)
+        _require_multiple("local_tokens", self.local_tokens, "key_block", self.key_block)
+        _require_multiple("dense_rows", self.dense_rows, "query_block", self.query_block)
+        if self.centre_tokens < 1:
+            raise ValueError(f"centre_tokens={self.centre_tokens} must be at least 1")
+        if self.unstrided_tail_tokens < 0:
+            raise ValueError(f"unstrided_tail_tokens={self.unstrided_tail_tokens} must not be negative")
+        if self.dense_rows < self.centre_tokens:
+            raise ValueError(
+                f"dense_rows={self.dense_rows} is below centre_tokens={self.centre_tokens}: the key centre would not "
+                f"be known when the first sparse row needs it; lower centre_tokens as well or raise dense_rows"
+            )
+
+    @property
+    def code_limit(self) -> int:
+        """Largest code magnitude: 127 for 8-bit codes, 7 for 4-bit codes (-8 and -128 are not used)."""
+        return 127 if self.code_bits == 8 else 7
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPolicy:
+    """What each query head of one layer does; data, so that a calibrated profile can hold it. Kept on the CPU.
+
+    Attributes:
+        tau: float32 `[H]`, threshold on the Relative Attention Score exp(s_ij - L_i) (paper, section 3.3).
+            0 makes the head dense, inf makes it streaming (sink and local blocks only).
+        query_stride: int64 `[H]`, each 1, 2 or 4: only rows at multiples of it are inspected.
+        key_centre: float32 `[Hkv, d]` or None; the constant subtracted from K before quantising. None means the mean
+            of the first `SaleConfig.centre_tokens` keys.
+
+    Raises:
+        ValueError: for shapes that do not fit together, a negative or NaN tau, or an unknown stride.
+    """
+
+    tau: Tensor
+    query_stride: Tensor
+    key_centre: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tau = torch.as_tensor(self.tau, dtype=torch.float32, device="cpu")
+        stride = torch.as_tensor(self.query_stride, dtype=torch.int64, device="cpu")
+        if tau.ndim != 1 or tau.shape != stride.shape:
+            raise ValueError(
+                f"tau has shape {tuple(tau.shape)} and query_stride {tuple(stride.shape)}; both must be [query heads]"
+            )
+        if not bool((tau >= 0).all()):
+            raise ValueError(
+                f"tau={tau.tolist()} must be 0 (dense), a positive threshold, or inf (sink and local only)"
+            )
+        bad = sorted(set(stride.tolist()) - set(QUERY_STRIDES))
+        if bad:
+            raise ValueError(f"query_stride={bad[0]} is not one of {QUERY_STRIDES}")
+        if self.key_centre is not None and self.key_centre.ndim != 2:
+            raise ValueError(f"key_centre has shape {tuple(self.key_centre.shape)}; it must be [kv heads, head_dim]")
+        object.__setattr__(self, "tau", tau)
+        object.__setattr__(self, "query_stride", stride)
+
+    @classmethod
+    def uniform(cls, num_heads: int, tau: float = DEFAULT_TAU, query_stride: int = 1) -> LayerPolicy:
+        """The same threshold and stride for `num_heads` query heads."""
+        return cls(tau=torch.full((num_heads,), tau), query_stride=torch.full((num_heads,), query_stride))
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads the policy speaks of."""
+        return self.tau.shape[0]
+
+    def log_tau(self) -> Tensor:
+        """ln(tau) as float32 `[H]`, computed in float64 and rounded once: part of the pinned threshold arithmetic."""
+        return self.tau.to(torch.float64).log().to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """A policy resolved for one call, in plain Python values, so that no backend needs the host to wait for a device.
+
+    Attributes:
+        strides: one a query head: 1, 2 or 4 for a head whose blocks are estimated, 0 for a dense or streaming head.
+        dense: one a query head: True where the head attends to everything, outside the sparse phases.
+        unstrided_from: absolute row from which every row is inspected; a multiple of the query block.
+    """
+
+    strides: tuple[int, ...]
+    dense: tuple[bool, ...]
+    unstrided_from: int
+
+    @classmethod
+    def resolve(cls, policy: LayerPolicy, config: SaleConfig, prompt_end: int) -> HeadPlan:
+        """The plan of `policy` for a prompt that ends (exclusively) at absolute position `prompt_end`."""
+        taus = policy.tau.tolist()
+        strides = policy.query_stride.tolist()
+        tail_start = max(0, prompt_end - config.unstrided_tail_tokens)
+        return cls(
+            strides=tuple(stride if 0 < tau < math.inf else 0 for tau, stride in zip(taus, strides, strict=True)),
+            dense=tuple(tau == 0 for tau in taus),
+            unstrided_from=tail_start // config.query_block * config.query_block,
+        )
+
+
+def _require_one_of(name: str, value: int, accepted: tuple[int, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}={value} is not supported; use {' or '.join(str(choice) for choice in accepted)}")
+
+
+def _require_multiple(name: str, value: int, unit_name: str, unit: int) -> None:
+    if value < 0 or value % unit:
+        raise ValueError(f"{name}={value} must be a multiple of {unit_name}={unit}, and not negative")

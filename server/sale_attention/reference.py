@@ -1,0 +1,72 @@
+"""The torch reference: right on every device, fast nowhere; the oracle of every other backend. And "dense"."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import compute, quantise, select, sink_local
+from .backends import AttentionBackend, AttentionRequest, register_backend
+from .config import HeadPlan, SaleConfig
+from .geometry import BlockGrid
+from .kv_view import KvView
+from .quantise import KeyCodes, QueryCodes
+from .select import Selection
+
+
+class ReferenceBackend(AttentionBackend):
+    """The method in plain torch operations; gathers pages, works through bounded pieces, memory linear in the keys."""
+
+    name = "reference"
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        """Everything but a head_dim whose code products float32 cannot hold exactly."""
+        if request.kv.head_dim > select.MAX_EXACT_HEAD_DIM:
+            return f"head_dim {request.kv.head_dim} exceeds {select.MAX_EXACT_HEAD_DIM}, where code products are exact"
+        return None
+
+    def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
+        """See `quantise.quantise_query`."""
+        return quantise.quantise_query(query, grid, config)
+
+    def quantise_key_range(
+        self, kv: KvView, centre: Tensor, config: SaleConfig, start: int, codes_out: Tensor, scales_out: Tensor
+    ) -> None:
+        """See `quantise.quantise_key_range`."""
+        quantise.quantise_key_range(kv, centre, config, start, codes_out, scales_out)
+
+    def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+        """See `sink_local.sink_local_log_sum_exp`."""
+        return sink_local.sink_local_log_sum_exp(query, kv.gathered(), centre, grid, scale)
+
+    def select(
+        self,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        thresholds: Tensor,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        kv: KvView,
+    ) -> Selection:
+        """See `select.select_blocks`."""
+        exact_keys = kv if query_codes.block_means is None else kv.gathered()
+        return select.select_blocks(query_codes, key_codes, thresholds, plan, grid, exact_keys)
+
+    def compute(
+        self, query: Tensor, kv: KvView, selection: Selection, plan: HeadPlan, grid: BlockGrid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `compute.compute_selected`."""
+        return compute.compute_selected(query, kv.gathered(), selection, plan, grid, scale)
+
+
+class DenseBackend(ReferenceBackend):
+    """Never sparse: every call runs as dense SDPA, whatever the policy."""
+
+    name = "dense"
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        """Declines every sparse request."""
+        return "the dense backend runs everything dense"
+
+
+register_backend(ReferenceBackend())
+register_backend(DenseBackend())

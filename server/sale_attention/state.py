@@ -1,0 +1,128 @@
+"""What a session keeps per layer besides its KV: key codes. Derived from the KV, so it never travels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .config import LayerPolicy, SaleConfig
+from .kv_view import KvView
+from .quantise import KeyCodes, default_key_centre
+
+if TYPE_CHECKING:
+    from .backends import AttentionBackend
+
+
+class LayerState:
+    """Key centre, codes and scales of one layer of one session, extended as the KV grows.
+
+    Only whole key blocks stay; the partial block at the end is quantised again by the next call. Starts blank and
+    takes its shape from the first keys it sees. Cutting a session's KV back must be followed by `truncate`, since
+    the state cannot see that positions were overwritten.
+    """
+
+    _centre: Tensor | None
+    _centre_from_keys: int
+    _codes: Tensor | None
+    _scales: Tensor | None
+    _code_bits: int
+    _tokens: int
+
+    def __init__(self) -> None:
+        self.clear()
+
+    @property
+    def tokens(self) -> int:
+        """Leading key tokens whose codes are final: a multiple of the key block."""
+        return self._tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, capacity included."""
+        held = (self._centre, self._codes, self._scales)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def clear(self) -> None:
+        """Forget everything; the next call starts from the KV."""
+        self._centre, self._centre_from_keys = None, 0
+        self._codes, self._scales, self._code_bits = None, None, 0
+        self._tokens = 0
+
+    def truncate(self, tokens: int) -> None:
+        """Follow the KV being cut to its first `tokens` tokens; a longer state is cut, a shorter one is left."""
+        if tokens < self._centre_from_keys:
+            # The keys that gave the centre may be replaced by others.
+            self.clear()
+        self._tokens = min(self._tokens, max(0, tokens))
+
+    def clone(self) -> LayerState:
+        """An independent copy, for a fork of the session."""
+        copy = LayerState()
+        copy.__dict__.update(
+            {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
+        )
+        return copy
+
+    def update(self, kv: KvView, policy: LayerPolicy, config: SaleConfig, backend: AttentionBackend) -> KeyCodes:
+        """Quantise what is new in `kv` and return the codes of all of it (views, valid until the next call).
+
+        Raises:
+            ValueError: where `kv` or `config` cannot belong to the session this state was made for.
+        """
+        if self._centre is None:
+            self._centre, self._centre_from_keys = initial_key_centre(kv, policy, config)
+            self._code_bits = config.code_bits
+        self._check_same_session(kv, config)
+        codes, scales = self._reserve(kv, config)
+        start = min(self._tokens, kv.tokens) // config.key_block * config.key_block
+        backend.quantise_key_range(kv, self._centre, config, start, codes, scales)
+        self._tokens = kv.tokens // config.key_block * config.key_block
+        return KeyCodes(codes[:, :, : kv.tokens], scales[:, :, : -(-kv.tokens // config.key_block)], self._centre)
+
+    def _check_same_session(self, kv: KvView, config: SaleConfig) -> None:
+        assert self._centre is not None
+        expected = (kv.batch, kv.kv_heads, kv.head_dim)
+        if tuple(self._centre.shape) != expected or self._centre.device != kv.device:
+            raise ValueError(
+                f"this LayerState was made for keys {tuple(self._centre.shape)} (batch, kv heads, head_dim) on "
+                f"{self._centre.device}, not {expected} on {kv.device}; use one state per session and layer"
+            )
+        if self._code_bits != config.code_bits:
+            raise ValueError(
+                f"this LayerState holds {self._code_bits}-bit codes, the config asks for {config.code_bits}-bit ones; "
+                f"clear() it first"
+            )
+
+    def _reserve(self, kv: KvView, config: SaleConfig) -> tuple[Tensor, Tensor]:
+        """Buffers for all of `kv`, doubled when full so that appending stays linear overall."""
+        block = config.key_block
+        blocks = -(-kv.tokens // block)
+        if self._codes is None or self._scales is None or self._scales.shape[2] < blocks:
+            capacity = blocks if self._scales is None else max(blocks, 2 * self._scales.shape[2])
+            heads = (kv.batch, kv.kv_heads)
+            codes = torch.empty(*heads, capacity * block, kv.head_dim, dtype=torch.int8, device=kv.device)
+            scales = torch.empty(*heads, capacity, dtype=torch.float32, device=kv.device)
+            if self._codes is not None and self._scales is not None:
+                codes[:, :, : self._tokens] = self._codes[:, :, : self._tokens]
+                scales[:, :, : self._tokens // block] = self._scales[:, :, : self._tokens // block]
+            self._codes, self._scales = codes, scales
+        return self._codes, self._scales
+
+
+def initial_key_centre(kv: KvView, policy: LayerPolicy, config: SaleConfig) -> tuple[Tensor, int]:
+    """The centre a session starts with, float32 `[B, Hkv, d]`, and how many leading keys it was taken from.
+
+    Any constant serves (softmax does not change), so the profile's centre where there is one, else the mean of the
+    first keys. Held for the session's life: codes of old keys stay valid through chunks and appends.
+    """
+    if policy.key_centre is None:
+        return default_key_centre(kv, config), min(config.centre_tokens, kv.tokens)
+    centre = policy.key_centre.to(kv.device, torch.float32)
+    if tuple(centre.shape) != (kv.kv_heads, kv.head_dim):
+        raise ValueError(
+            f"key_centre has shape {tuple(centre.shape)}; these keys need [{kv.kv_heads}, {kv.head_dim}] "
+            f"(kv heads, head_dim)"
+        )
+    return centre.unsqueeze(0).expand(kv.batch, -1, -1).contiguous(), 0
