@@ -1,0 +1,100 @@
+"""Prefill: tokens in, a session with their KV out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, closing
+from typing import Unpack
+
+from sale_prefill.v1 import prefill_service_pb2, prefill_service_pb2_grpc
+
+from .. import _requests
+from ..errors import ProtocolError
+from ..options import PrefillOptions
+from ..progress import PrefillCallback, prefill_reporter
+from ..results import PrefillAccepted, PrefillEvent, PrefillProgress, PrefillResult
+from ..tokens import TokenIds
+from .server import AsyncServerCalls
+
+_STUB = prefill_service_pb2_grpc.PrefillServiceStub
+
+
+class AsyncPrefillCalls(AsyncServerCalls):
+    """PrefillService.Prefill."""
+
+    async def prefill(
+        self,
+        token_ids: TokenIds | None = None,
+        *,
+        text: str | None = None,
+        progress: bool | PrefillCallback = False,
+        timeout_seconds: float | None = None,
+        **options: Unpack[PrefillOptions],
+    ) -> PrefillResult:
+        """Compute the KV of tokens, in a new session or appended to one, and keep it on the server.
+
+        A connection that breaks is made again and the same request joined, as long as the retry policy allows.
+
+        Args:
+            token_ids: `[num_tokens]` ids below the vocabulary size.
+            text: text instead, through the served tokenizer (extra `[text]`). What the model wants at the start of a
+                text is added where the session is certainly new: no `session_id`, or `expected_prefix_tokens` of 0.
+            progress: True shows a bar on standard error; a function is called with each event, and once at the end.
+            timeout_seconds: for everything; None for no limit (a silent server is noticed all the same).
+            options: see `PrefillOptions`.
+
+        Returns:
+            PrefillResult: session, best next tokens, cost and sparsity.
+
+        Raises:
+            SalePrefillError: one of its subclasses in `errors`.
+        """
+        with prefill_reporter(progress) as report:
+            events = self.prefill_events(token_ids, text=text, timeout_seconds=timeout_seconds, **options)
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, PrefillProgress):
+                        report(event)
+                    elif isinstance(event, PrefillResult):
+                        stats, total = event.stats, event.session.num_tokens
+                        report(PrefillProgress(total, total, 1.0, stats.queue_seconds + stats.compute_seconds, False))
+                        return event
+        raise ProtocolError("the prefill stream ended without its result")
+
+    async def prefill_events(
+        self,
+        token_ids: TokenIds | None = None,
+        *,
+        text: str | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[PrefillOptions],
+    ) -> AsyncGenerator[PrefillEvent, None]:
+        """The events of a prefill as they come: PrefillAccepted, PrefillProgress at least once a second, and at last
+        PrefillResult. After a broken connection another PrefillAccepted comes, with `joined` set.
+
+        Takes the arguments of `prefill`, less `progress`. Closing the iterator early cancels the request.
+        """
+        is_new = not options.get("session_id") or options.get("expected_prefix_tokens") == 0
+        ids = await self._prompt_ids(token_ids, text, add_special_tokens=is_new)
+        request = _requests.prefill_request(ids, **options)
+        session_id, computed_tokens = request.session_id, 0
+
+        def next_request() -> tuple[prefill_service_pb2.PrefillRequest, str]:
+            return request, session_id
+
+        stream = self._stream(_STUB, "Prefill", next_request, timeout_seconds=timeout_seconds)
+        with closing(stream):
+            while (message := await stream.read()) is not None:
+                kind = message.WhichOneof("event")
+                if kind == "accepted":
+                    session_id = message.accepted.session_id
+                    yield PrefillAccepted.from_proto(message.accepted)
+                elif kind == "progress":
+                    if message.progress.computed_tokens > computed_tokens:
+                        computed_tokens = message.progress.computed_tokens
+                        stream.progressed()
+                    yield PrefillProgress.from_proto(message.progress)
+                elif kind == "result":
+                    await stream.finish()
+                    yield PrefillResult.from_proto(message.result, request.request_id)
+                    return

@@ -1,0 +1,142 @@
+"""Calls on retained sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from sale_prefill.v1 import session_service_pb2, session_service_pb2_grpc
+
+from .. import _requests
+from ..results import RenewResult, Session
+from .connection import AsyncConnection
+
+_STUB = session_service_pb2_grpc.SessionServiceStub
+
+
+class AsyncSessionCalls(AsyncConnection):
+    """SessionService. Where a call names a session that is not there, it raises SessionUnknownError or
+    SessionExpiredError."""
+
+    async def get_session(self, session_id: str, *, timeout_seconds: float | None = None) -> Session:
+        """The state of one session."""
+        request = session_service_pb2.GetSessionRequest(session_id=session_id)
+        response = await self._call(
+            _STUB, "GetSession", request, timeout_seconds=timeout_seconds, session_id=session_id, repeatable=True
+        )
+        return Session.from_proto(response.session)
+
+    async def list_sessions(
+        self, *, page_size: int = 0, timeout_seconds: float | None = None
+    ) -> AsyncGenerator[Session, None]:
+        """The caller's sessions, oldest first, page by page.
+
+        Args:
+            page_size: sessions fetched at once; 0 for the server's choice.
+            timeout_seconds: for each page; None for the client's default.
+        """
+        request = session_service_pb2.ListSessionsRequest(page_size=page_size)
+        while True:
+            page = await self._call(_STUB, "ListSessions", request, timeout_seconds=timeout_seconds, repeatable=True)
+            for message in page.sessions:
+                yield Session.from_proto(message)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def renew_sessions(
+        self, session_ids: Sequence[str], *, lease_seconds: float | None = None, timeout_seconds: float | None = None
+    ) -> RenewResult:
+        """Extend leases, many at once; never shortens one.
+
+        Args:
+            session_ids: sessions to renew.
+            lease_seconds: new lease from now; None for each session's own.
+            timeout_seconds: None for the client's default.
+        """
+        request = _requests.renew_request(session_ids, lease_seconds)
+        response = await self._call(_STUB, "RenewSession", request, timeout_seconds=timeout_seconds, repeatable=True)
+        return RenewResult.from_proto(response)
+
+    async def update_session(
+        self,
+        session_id: str,
+        *,
+        lease_seconds: float | None = None,
+        sliding: bool | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Session:
+        """Change the retention policy or the labels; what is None stays as it is, and `labels` replaces all labels."""
+        request = _requests.update_request(session_id, lease_seconds=lease_seconds, sliding=sliding, labels=labels)
+        response = await self._call(
+            _STUB, "UpdateSession", request, timeout_seconds=timeout_seconds, session_id=session_id
+        )
+        return Session.from_proto(response.session)
+
+    async def fork_session(
+        self,
+        session_id: str,
+        *,
+        new_session_id: str | None = None,
+        num_tokens: int = 0,
+        lease_seconds: float | None = None,
+        sliding: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> Session:
+        """Make a child that shares the parent's first tokens.
+
+        Args:
+            session_id: parent.
+            new_session_id: child's id; None lets the server choose.
+            num_tokens: tokens to share; 0 for all.
+            lease_seconds: child's lease; None for the server's default.
+            sliding: requests extend the child's lease.
+            timeout_seconds: None for the client's default.
+
+        Raises:
+            NotImplementedByServerError: the server cannot fork.
+        """
+        request = _requests.fork_request(
+            session_id,
+            new_session_id=new_session_id,
+            num_tokens=num_tokens,
+            lease_seconds=lease_seconds,
+            sliding=sliding,
+        )
+        response = await self._call(
+            _STUB, "ForkSession", request, timeout_seconds=timeout_seconds, session_id=session_id
+        )
+        return Session.from_proto(response.session)
+
+    async def delete_session(
+        self,
+        session_id: str,
+        *,
+        allow_missing: bool = False,
+        force: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> int:
+        """Free a session's KV now.
+
+        Args:
+            session_id: the session.
+            allow_missing: succeed where it is not there; this also lets the call be repeated.
+            force: stop a running request too, instead of SessionBusyError.
+            timeout_seconds: None for the client's default.
+
+        Returns:
+            int: bytes freed.
+        """
+        request = session_service_pb2.DeleteSessionRequest(
+            session_id=session_id, allow_missing=allow_missing, force=force
+        )
+        response = await self._call(
+            _STUB,
+            "DeleteSession",
+            request,
+            timeout_seconds=timeout_seconds,
+            session_id=session_id,
+            repeatable=allow_missing,
+        )
+        freed_bytes: int = response.freed_bytes
+        return freed_bytes

@@ -1,0 +1,234 @@
+"""Protobuf requests out of plain Python arguments.
+
+What cannot even be written into a message is refused here, with the errors that the server would use; everything else
+is the server's to judge.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+
+from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2, session_service_pb2
+
+from .checksums import ALGORITHM_NUMBERS
+from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
+from .options import Attention, Checksum, InterruptPolicy, Layout, Range, Sampling
+from .tokens import TokenIds, token_array
+
+_INTERRUPT_POLICIES = {
+    "keep": prefill_service_pb2.INTERRUPT_POLICY_KEEP,
+    "free": prefill_service_pb2.INTERRUPT_POLICY_FREE,
+}
+_ATTENTION_MODES = {
+    "default": session_service_pb2.ATTENTION_MODE_UNSPECIFIED,
+    "sale": session_service_pb2.ATTENTION_MODE_SALE,
+    "dense": session_service_pb2.ATTENTION_MODE_DENSE,
+}
+_LAYOUTS = {"HTD": kv_pb2.KV_LAYOUT_HTD, "THD": kv_pb2.KV_LAYOUT_THD}
+_UINT32_LIMIT = 1 << 32
+_UINT64_LIMIT = 1 << 64
+_MAX_DURATION_SECONDS = 315_576_000_000
+
+_Choice = TypeVar("_Choice")
+
+
+def new_request_id() -> str:
+    """A fresh idempotency key (RFC 9562, version 4)."""
+    return str(uuid.uuid4())
+
+
+def _refuse(
+    field: str, value: object, want: str, error_class: type[InvalidRequestError] = InvalidFieldError
+) -> InvalidRequestError:
+    description = f"{field} is {value!r}; it must be {want}"
+    return error_class(description, field_violations=(FieldViolation(field, description),))
+
+
+def _choice(table: Mapping[str, _Choice], field: str, value: str) -> _Choice:
+    if value not in table:
+        raise _refuse(field, value, f"one of {', '.join(table)}")
+    return table[value]
+
+
+def _count(
+    field: str, value: int, limit: int = _UINT32_LIMIT, error_class: type[InvalidRequestError] = InvalidFieldError
+) -> int:
+    if not 0 <= value < limit:
+        raise _refuse(field, value, f"from 0 to {limit - 1}", error_class)
+    return int(value)
+
+
+def duration(field: str, seconds: float) -> Duration:
+    """A protobuf duration, to the nanosecond; InvalidFieldError where it cannot hold the value."""
+    if not (math.isfinite(seconds) and 0 <= seconds <= _MAX_DURATION_SECONDS):
+        raise _refuse(field, seconds, f"a number of seconds from 0 to {_MAX_DURATION_SECONDS}")
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def retention(lease_seconds: float | None, sliding: bool | None) -> session_service_pb2.RetentionPolicy:
+    """A retention policy; what is None stays unset."""
+    message = session_service_pb2.RetentionPolicy()
+    if lease_seconds is not None:
+        message.lease_duration.CopyFrom(duration("retention.lease_duration", lease_seconds))
+    if sliding is not None:
+        message.sliding = sliding
+    return message
+
+
+def attention_options(attention: Attention) -> session_service_pb2.AttentionOptions:
+    """Attention settings; what is None stays unset."""
+    message = session_service_pb2.AttentionOptions(mode=_choice(_ATTENTION_MODES, "attention.mode", attention.mode))
+    if attention.threshold is not None:
+        message.threshold = attention.threshold
+    if attention.query_stride is not None:
+        message.query_stride = _count("attention.query_stride", attention.query_stride)
+    return message
+
+
+def sampling_options(sampling: Sampling) -> prefill_service_pb2.SamplingOptions:
+    """Sampling settings; what is None stays unset."""
+    message = prefill_service_pb2.SamplingOptions(
+        temperature=sampling.temperature,
+        top_k=_count("sampling.top_k", sampling.top_k, error_class=InvalidSamplingError),
+        min_p=sampling.min_p,
+    )
+    if sampling.repetition_penalty is not None:
+        message.repetition_penalty = sampling.repetition_penalty
+    if sampling.top_p is not None:
+        message.top_p = sampling.top_p
+    if sampling.seed is not None:
+        message.seed = _count("sampling.seed", sampling.seed, _UINT64_LIMIT, InvalidSamplingError)
+    return message
+
+
+def prefill_request(
+    token_ids: TokenIds,
+    *,
+    session_id: str | None = None,
+    request_id: str | None = None,
+    expected_prefix_tokens: int | None = None,
+    attention: Attention | None = None,
+    lease_seconds: float | None = None,
+    sliding: bool = False,
+    on_interrupt: InterruptPolicy = "keep",
+    num_top_logits: int | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> prefill_service_pb2.PrefillRequest:
+    """A prefill request; a request id is made up where there is none."""
+    request = prefill_service_pb2.PrefillRequest(
+        request_id=request_id or new_request_id(),
+        session_id=session_id or "",
+        token_ids=token_array(token_ids).tolist(),
+        on_interrupt=_choice(_INTERRUPT_POLICIES, "on_interrupt", on_interrupt),
+        labels=labels,
+    )
+    if expected_prefix_tokens is not None:
+        request.expected_prefix_tokens = _count("expected_prefix_tokens", expected_prefix_tokens)
+    if attention is not None:
+        request.attention.CopyFrom(attention_options(attention))
+    if lease_seconds is not None or sliding:
+        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    if num_top_logits is not None:
+        request.num_top_logits = _count("num_top_logits", num_top_logits)
+    return request
+
+
+def decode_request(
+    session_id: str,
+    token_ids: TokenIds,
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop_token_ids: TokenIds = (),
+    ignore_eos: bool = False,
+    num_top_logprobs: int = 0,
+    request_id: str | None = None,
+    expected_prefix_tokens: int | None = None,
+    on_interrupt: InterruptPolicy = "keep",
+) -> prefill_service_pb2.DecodeRequest:
+    """A decode request; a request id is made up where there is none."""
+    request = prefill_service_pb2.DecodeRequest(
+        request_id=request_id or new_request_id(),
+        session_id=session_id,
+        token_ids=token_array(token_ids).tolist(),
+        max_new_tokens=_count("max_new_tokens", max_new_tokens),
+        stop_token_ids=token_array(stop_token_ids).tolist(),
+        ignore_eos=ignore_eos,
+        num_top_logprobs=_count("num_top_logprobs", num_top_logprobs),
+        on_interrupt=_choice(_INTERRUPT_POLICIES, "on_interrupt", on_interrupt),
+    )
+    if expected_prefix_tokens is not None:
+        request.expected_prefix_tokens = _count("expected_prefix_tokens", expected_prefix_tokens)
+    if sampling is not None:
+        request.sampling.CopyFrom(sampling_options(sampling))
+    return request
+
+
+def update_request(
+    session_id: str, *, lease_seconds: float | None, sliding: bool | None, labels: Mapping[str, str] | None
+) -> session_service_pb2.UpdateSessionRequest:
+    """A request that changes what is not None; `labels` replaces them all."""
+    session = session_service_pb2.Session(session_id=session_id, labels=labels)
+    session.retention.CopyFrom(retention(lease_seconds, sliding))
+    request = session_service_pb2.UpdateSessionRequest(session=session)
+    given = {"retention.lease_duration": lease_seconds, "retention.sliding": sliding, "labels": labels}
+    request.update_mask.paths.extend(path for path, value in given.items() if value is not None)
+    return request
+
+
+def renew_request(session_ids: Sequence[str], lease_seconds: float | None) -> session_service_pb2.RenewSessionRequest:
+    """A request that extends leases."""
+    if isinstance(session_ids, str):
+        raise _refuse("session_ids", session_ids, "a list of session ids; put the one in a list")
+    request = session_service_pb2.RenewSessionRequest(session_ids=session_ids)
+    if lease_seconds is not None:
+        request.lease_duration.CopyFrom(duration("lease_duration", lease_seconds))
+    return request
+
+
+def fork_request(
+    session_id: str, *, new_session_id: str | None, num_tokens: int, lease_seconds: float | None, sliding: bool
+) -> session_service_pb2.ForkSessionRequest:
+    """A request that makes a child session."""
+    request = session_service_pb2.ForkSessionRequest(
+        session_id=session_id, new_session_id=new_session_id or "", num_tokens=_count("num_tokens", num_tokens)
+    )
+    if lease_seconds is not None or sliding:
+        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    return request
+
+
+def pull_request(
+    session_id: str,
+    *,
+    token_range: Range | None,
+    layer_range: Range | None,
+    layout: Layout,
+    chunk_bytes: int,
+    checksum: Checksum,
+    generation: int,
+) -> kv_transfer_service_pb2.PullKvRequest:
+    """A request for KV bytes, from its first chunk."""
+    request = kv_transfer_service_pb2.PullKvRequest(
+        session_id=session_id,
+        layout=_choice(_LAYOUTS, "layout", layout),
+        chunk_bytes=_count("chunk_bytes", chunk_bytes),
+        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
+        generation=_count("generation", generation, _UINT64_LIMIT),
+    )
+    for name, part in (("token", token_range), ("layer", layer_range)):
+        if part is None:
+            continue
+        start, end = part
+        if not 0 <= start < (_UINT32_LIMIT if end is None else end) <= _UINT32_LIMIT:
+            raise _refuse(f"range.{name}_start", part, "a pair (first, one past the last or None) that is not empty")
+        setattr(request.range, f"{name}_start", start)
+        setattr(request.range, f"{name}_end", end or 0)
+    return request

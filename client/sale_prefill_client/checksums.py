@@ -1,0 +1,42 @@
+"""Digests of KV chunks, by the names of `ChecksumAlgorithm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import crc32c
+
+from sale_prefill.v1 import kv_pb2
+
+from .extras import require
+from .options import Checksum
+
+ALGORITHM_NUMBERS: dict[str, kv_pb2.ChecksumAlgorithm] = {
+    "none": kv_pb2.CHECKSUM_ALGORITHM_NONE,
+    "crc32c": kv_pb2.CHECKSUM_ALGORITHM_CRC32C,
+    "xxh3_64": kv_pb2.CHECKSUM_ALGORITHM_XXH3_64,
+}
+
+
+def _crc32c(data: bytes) -> int:
+    digest: int = crc32c.crc32c(data)
+    return digest
+
+
+def digest_function(name: Checksum) -> Callable[[bytes], int] | None:
+    """The function that digests a chunk's data; None for `"none"`.
+
+    Raises:
+        ValueError: no such algorithm.
+        MissingExtraError: `"xxh3_64"` without the package xxhash.
+    """
+    if name == "none":
+        return None
+    if name == "crc32c":
+        return _crc32c
+    if name == "xxh3_64":
+        digest: Callable[[bytes], int] = require(
+            "xxhash", extra="server", purpose="the checksum xxh3_64 (crc32c needs nothing more)"
+        ).xxh3_64_intdigest
+        return digest
+    raise ValueError(f"checksum is {name!r}; choose from {', '.join(ALGORITHM_NUMBERS)}")

@@ -1,0 +1,131 @@
+"""KV bytes pulled from a server, as torch tensors, numpy arrays or a transformers cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .extras import require
+from .results import KvSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NUMPY_TYPES: dict[str, str] = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float8_e4m3fn": "u1",
+    "float8_e5m2": "u1",
+    "int8": "i1",
+}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class KvCache:
+    """A range of a session's KV cache in one block of host memory. Views share that memory.
+
+    Args:
+        session_id: session that it was read from.
+        spec: format; `spec.layout` is the axis order of `buffer`.
+        token_start, token_end: tokens held, half-open.
+        layer_start, layer_end: decoder layers held, half-open.
+        generation: generation of the session's contents that was read.
+        token_digest: SHA-256 of the session's token ids before `token_end` (see `tokens.token_digest`).
+        buffer: raw little-endian bytes, `[layers, 2, tokens, kv_heads, head_dim * element_bytes]` uint8 for the layout
+            THD, `[layers, 2, kv_heads, tokens, head_dim * element_bytes]` for HTD; axis 1 is keys, values.
+    """
+
+    session_id: str
+    spec: KvSpec
+    token_start: int
+    token_end: int
+    layer_start: int
+    layer_end: int
+    generation: int
+    token_digest: bytes
+    buffer: npt.NDArray[np.uint8]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held."""
+        return self.token_end - self.token_start
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.buffer.nbytes
+
+    def numpy(self, *, as_float32: bool = False) -> npt.NDArray[Any]:
+        """The KV as one array, shaped as `buffer` with `head_dim` elements in the last axis.
+
+        numpy has no bfloat16 and no 8-bit floats: without `as_float32` those come as their bit patterns (uint16,
+        uint8) in a view of `buffer`. With it, every type is converted to float32 in new memory.
+
+        Raises:
+            ValueError: 8-bit floats as float32, which needs torch (`torch().float()`).
+        """
+        view = self.buffer.view(_NUMPY_TYPES[self.spec.element_type])
+        if not as_float32:
+            return view
+        if self.spec.element_type == "bfloat16":
+            return (view.astype("<u4") << 16).view("<f4")
+        if self.spec.element_type.startswith("float8"):
+            raise ValueError(f"numpy cannot convert {self.spec.element_type} to float32; use torch().float()")
+        return view.astype("<f4")
+
+    def torch(self) -> Tensor:
+        """The KV as one CPU tensor in its own element type, a view shaped as `numpy()`.
+
+        Raises:
+            MissingExtraError: torch is not installed.
+        """
+        torch = require("torch", extra="torch", purpose="KV as torch tensors")
+        tensor: Tensor = torch.from_numpy(self.buffer).view(getattr(torch, self.spec.element_type))
+        return tensor
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one decoder layer, each `[tokens, kv_heads, head_dim]` (THD) or `[kv_heads, tokens,
+        head_dim]` (HTD), as views.
+
+        Args:
+            layer: decoder layer of the model, from 0 (not an index into the range held).
+
+        Raises:
+            IndexError: the layer is not held.
+        """
+        if not self.layer_start <= layer < self.layer_end:
+            raise IndexError(
+                f"layer {layer} is not held; this cache has layers {self.layer_start}..{self.layer_end - 1}"
+            )
+        keys_and_values = self.torch()[layer - self.layer_start]
+        return keys_and_values[0], keys_and_values[1]
+
+    def to_dynamic_cache(self, config: Any = None) -> Any:
+        """The KV as a `transformers.DynamicCache` of batch 1, `[1, kv_heads, tokens, head_dim]` per layer.
+
+        Args:
+            config: the model's configuration; needed only for models with sliding-window layers.
+
+        Returns:
+            transformers.DynamicCache: in new memory (the cache concatenates what it is given).
+
+        Raises:
+            MissingExtraError: torch or transformers is not installed.
+            ValueError: the range lacks the first token or a layer, so no model could go on from it.
+        """
+        if self.token_start or self.layer_start or self.layer_end != self.spec.num_layers:
+            raise ValueError(
+                f"a model needs every layer from token 0 on; this cache holds tokens "
+                f"{self.token_start}..{self.token_end} of layers {self.layer_start}..{self.layer_end} of "
+                f"{self.spec.num_layers}. Pull the whole session"
+            )
+        transformers = require("transformers", extra="torch", purpose="KV as a transformers cache")
+        whole = self.torch()
+        heads_first = whole if self.spec.layout == "HTD" else whole.transpose(2, 3)
+        return transformers.DynamicCache(
+            ddp_cache_data=[(kv[0][None], kv[1][None]) for kv in heads_first], config=config
+        )
