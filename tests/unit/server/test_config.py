@@ -52,7 +52,7 @@ def test_an_unusable_setting_is_named(flags: dict[str, object], message: str) ->
 
 
 def test_an_unreadable_or_malformed_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"missing\.toml: No such file"):
         load_config({}, file=tmp_path / "missing.toml", environment={})
     broken = tmp_path / "broken.toml"
     broken.write_text("port = ")
