@@ -15,13 +15,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.texts import PASSWORD, RESTAURANT, Fact, reference_with_facts
-from sale_prefill_client import Client, KvCache, PrefillStats, Session
+from sale_prefill_client import Client, KvCache, PrefillProgress, PrefillStats, Session
 from sale_prefill_client.tokens import token_digest
 from sale_prefill_server.models import DEFAULT_MODEL, ModelError, ModelSource, resolve_model
 
@@ -30,6 +30,7 @@ DOCUMENT_OFFSET = 200_000  # characters into the language reference
 ANSWER_TOKENS = 48
 CONTINUED_TOKENS = 32
 BAR_WIDTH = 40
+LOG_LINE_SECONDS = 5.0
 STOP_SECONDS = 30
 METRICS_SHOWN = (
     "sale_prefill_requests_total",
@@ -115,6 +116,21 @@ def running_server(source: ModelSource) -> Iterator[RunningServer]:
             process.wait()
 
 
+def progress() -> bool | Callable[[PrefillProgress], None]:
+    """The client's own bar on a terminal, and a line now and then in a log."""
+    if sys.stderr.isatty():
+        return True
+    next_seconds = 0.0
+
+    def show(event: PrefillProgress) -> None:
+        nonlocal next_seconds
+        if event.elapsed_seconds >= next_seconds:
+            next_seconds = event.elapsed_seconds + LOG_LINE_SECONDS
+            print(f"  {event.elapsed_seconds:5.1f} s  {event.completed_ratio:6.1%}", flush=True)
+
+    return show
+
+
 def report(stats: PrefillStats) -> None:
     total_seconds = stats.queue_seconds + stats.compute_seconds
     print(f"  {stats.computed_tokens} tokens prefilled, {stats.cached_tokens} already there: ", end="")
@@ -142,7 +158,7 @@ def ask_first(client: Client, tokenizer: Any, document_tokens: int) -> Conversat
     messages = [{"role": "user", "content": f"{document}\n\n{PASSWORD.question}"}]
     prompt: list[int] = tokenizer.apply_chat_template(messages, tokenize=True)
     heading(f"Prefill: {len(prompt)} tokens of the Python language reference and a question")
-    result = client.prefill(prompt, progress=True, timeout_seconds=600)
+    result = client.prefill(prompt, progress=progress(), timeout_seconds=600)
     report(result.stats)
     report_sparsity(result.stats)
     conversation = Conversation(result.session, prompt)
@@ -181,7 +197,7 @@ def stream_answer(client: Client, conversation: Conversation, fact: Fact) -> Non
 def continue_elsewhere(client: Client, conversation: Conversation, source: ModelSource) -> None:
     heading("The KV cache, pulled and continued by plain transformers")
     started = time.perf_counter()
-    kv = client.pull_kv(conversation.session.session_id, progress=True)
+    kv = client.pull_kv(conversation.session.session_id, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - started
     print(f"  {kv.num_bytes / 1e6:.0f} MB, {kv.num_tokens} tokens, checksums verified, {seconds:.2f} s")
     if kv.token_digest != token_digest(conversation.token_ids):
@@ -205,7 +221,7 @@ def continue_with_transformers(kv: KvCache, last_token_id: int, source: ModelSou
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16)
     cache = kv.to_dynamic_cache(model.config)
-    cache.crop(kv.num_tokens - 1)  # the last token is fed again, for its logits
+    cache.crop(-1)  # the last token is fed again, for its logits
     tokens = [last_token_id]
     with torch.inference_mode():
         for _ in range(CONTINUED_TOKENS):

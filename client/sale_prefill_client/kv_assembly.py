@@ -19,8 +19,8 @@ _KIND_INDEX = {kv_pb2.KV_KIND_KEY: 0, kv_pb2.KV_KIND_VALUE: 1}
 class KvAssembler:
     """Assembles one pull, over any number of streams where the connection breaks in between.
 
-    Each byte is copied once, out of the message and into its place. Every chunk is checked: its number follows the last
-    one's, its checksum holds, it lies in the range, and it goes on where the last chunk of the same layer and kind
+    Each byte is copied once, from what protobuf hands out into its place. Every chunk is checked: its number follows the
+    last one's, its checksum holds, it lies in the range, and it goes on where the last chunk of the same layer and kind
     ended. With the totals of the manifest that means: every byte arrived exactly once.
 
     Args:
@@ -132,14 +132,14 @@ class KvAssembler:
         if chunk.index != self._next_index:
             problem = "missing" if chunk.index > self._next_index else "repeated or out of order"
             raise ProtocolError(f"KV chunk {chunk.index} came where {self._next_index} was due: chunks are {problem}")
-        data = chunk.data
+        data = chunk.data  # once: each access makes a copy
         if self._digest is not None and self._digest(data) != chunk.checksum:
             raise ChecksumMismatchError(
                 f"KV chunk {chunk.index} (layer {chunk.layer}, tokens from {chunk.token_start}) differs from its "
                 f"{self._checksum} checksum; pull again",
                 metadata={"chunk_index": str(chunk.index)},
             )
-        layer, kind, start = self._checked_place(chunk, self._manifest.range, self._spec)
+        layer, kind, start = self._checked_place(chunk, len(data), self._manifest.range, self._spec)
         run = slice(start, start + chunk.num_tokens)
         place = self._buffer[layer, kind, run] if self._layout == "THD" else self._buffer[layer, kind, :, run]
         place[...] = np.frombuffer(data, dtype=np.uint8).reshape(place.shape)
@@ -147,7 +147,9 @@ class KvAssembler:
         self._next_index += 1
         self._received_bytes += len(data)
 
-    def _checked_place(self, chunk: kv_pb2.KvChunk, part: kv_pb2.KvRange, spec: KvSpec) -> tuple[int, int, int]:
+    def _checked_place(
+        self, chunk: kv_pb2.KvChunk, num_bytes: int, part: kv_pb2.KvRange, spec: KvSpec
+    ) -> tuple[int, int, int]:
         """Indices of the chunk's layer, kind and first token in the buffer."""
         name = f"KV chunk {chunk.index} (layer {chunk.layer}, kind {chunk.kind})"
         if not part.layer_start <= chunk.layer < part.layer_end or chunk.kind not in _KIND_INDEX:
@@ -160,9 +162,9 @@ class KvAssembler:
             raise ProtocolError(
                 f"{name} holds {chunk.num_tokens} tokens from {due}; the range ends at {part.token_end}"
             )
-        if len(chunk.data) != chunk.num_tokens * spec.layer_token_bytes:
-            wanted = chunk.num_tokens * spec.layer_token_bytes
-            raise ProtocolError(f"{name} holds {len(chunk.data)} bytes; its {chunk.num_tokens} tokens are {wanted}")
+        wanted_bytes = chunk.num_tokens * spec.layer_token_bytes
+        if num_bytes != wanted_bytes:
+            raise ProtocolError(f"{name} holds {num_bytes} bytes; its {chunk.num_tokens} tokens are {wanted_bytes}")
         return layer, kind, due - part.token_start
 
     def finish(self) -> KvCache:

@@ -14,9 +14,9 @@ from .config import HeadPlan, LayerPolicy, SaleConfig
 from .dense import dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
-from .quantise import KeyCodes, quantise_key
+from .quantise import KeyCodes
 from .sink_local import row_thresholds
-from .state import LayerState, initial_key_centre
+from .state import LayerState
 from .statistics import AttentionStatistics
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -176,10 +176,8 @@ class _Call:
         return output, lse if self.return_lse else None
 
     def _key_codes(self) -> KeyCodes:
-        if self.state is not None:
-            return self.state.update(self.kv, self.policy, self.config, self.backend)
-        centre, _ = initial_key_centre(self.kv, self.policy, self.config)
-        return quantise_key(self.kv, centre, self.config)
+        state = LayerState() if self.state is None else self.state
+        return state.update(self.kv, self.policy, self.config, self.backend)
 
     def _fill_dense_heads(self, query: Tensor, grid: BlockGrid, output: Tensor, lse: Tensor) -> None:
         """Dense attention of the heads with tau = 0, one KV head at a time."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -54,7 +54,7 @@ def scripted_server(
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", 1 << 20)])
     for servicer, register in _SERVICERS:
         scripted = {name: staticmethod(handler) for name, handler in rpcs.items() if hasattr(servicer, name)}
-        register(type(servicer.__name__, (servicer,), scripted)(), server)
+        cast(Any, register)(type(servicer.__name__, (servicer,), scripted)(), server)
     if add is not None:
         add(server)
     if credentials is None:
@@ -202,7 +202,7 @@ class AsyncCalls:
         return asyncio.run(run())
 
     def prefill(self, *args: Any, **kwargs: Any) -> PrefillResult:
-        return self._run("prefill", *args, **kwargs)
+        return cast(PrefillResult, self._run("prefill", *args, **kwargs))
 
     def decode(self, *args: Any, stop_after: int | None = None, **kwargs: Any) -> tuple[list[DecodedToken], Any]:
         """Tokens and result; `stop_after` so many tokens the stream is cancelled."""
@@ -220,13 +220,13 @@ class AsyncCalls:
         return asyncio.run(run())
 
     def pull_kv(self, *args: Any, **kwargs: Any) -> KvCache:
-        return self._run("pull_kv", *args, **kwargs)
+        return cast(KvCache, self._run("pull_kv", *args, **kwargs))
 
     def get_session(self, *args: Any, **kwargs: Any) -> Session:
-        return self._run("get_session", *args, **kwargs)
+        return cast(Session, self._run("get_session", *args, **kwargs))
 
     def delete_session(self, *args: Any, **kwargs: Any) -> int:
-        return self._run("delete_session", *args, **kwargs)
+        return cast(int, self._run("delete_session", *args, **kwargs))
 
     def list_sessions(self, **kwargs: Any) -> list[Session]:
         async def run() -> list[Session]:

@@ -13,6 +13,7 @@ from sale_prefill_client import errors
 from tests.unit.client.scripted import (
     BOTH_CLIENTS,
     Calls,
+    Handler,
     SyncCalls,
     error_info,
     retry_info,
@@ -27,14 +28,14 @@ REASONS = [
 ]
 
 
-def failing_with(*details: object, code: grpc.StatusCode, message: str = "it failed") -> object:
+def failing_with(*details: object, code: grpc.StatusCode, message: str = "it failed") -> Handler:
     def handler(_: object, context: grpc.ServicerContext) -> None:
         context.abort_with_status(rich_status(code, message, *details))
 
     return handler
 
 
-def error_of(handler: object, calls: Calls = SyncCalls) -> errors.SalePrefillError:
+def error_of(handler: Handler, calls: Calls = SyncCalls) -> errors.SalePrefillError:
     with scripted_server(GetSession=handler) as target, pytest.raises(errors.SalePrefillError) as caught:
         calls(target).get_session("s-1", timeout_seconds=5)
     return caught.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -22,7 +23,7 @@ Chunks = list[kv_pb2.KvChunk]
 def problem(layout: str = "THD", checksum: str = "crc32c") -> tuple[np.ndarray, kv_pb2.KvManifest, Chunks]:
     """KV of random bits `[layers, 2, tokens, heads, dim]` uint16 (bfloat16), and its stream in chunks of 4 tokens."""
     kv = np.random.default_rng(0).integers(0, 1 << 16, (LAYERS, 2, TOKENS, HEADS, DIM), dtype=np.uint16)
-    digest: dict[str, tuple[int, Callable[[bytes], int]]] = {
+    digest: dict[str, tuple[Any, Callable[[bytes], int]]] = {
         "crc32c": (kv_pb2.CHECKSUM_ALGORITHM_CRC32C, crc32c.crc32c),
         "xxh3_64": (kv_pb2.CHECKSUM_ALGORITHM_XXH3_64, xxhash.xxh3_64_intdigest),
         "none": (kv_pb2.CHECKSUM_ALGORITHM_NONE, lambda _: 0),
@@ -33,7 +34,7 @@ def problem(layout: str = "THD", checksum: str = "crc32c") -> tuple[np.ndarray, 
             for start in range(0, TOKENS, 4):
                 part = kv[layer, kind - 1, start : start + 4]
                 data = (part if layout == "THD" else part.transpose(1, 0, 2)).tobytes()
-                placed = {"layer": layer, "kind": kind, "token_start": start, "num_tokens": len(part)}
+                placed: dict[str, Any] = {"layer": layer, "kind": kind, "token_start": start, "num_tokens": len(part)}
                 checksum_value = digest[checksum][1](data)
                 chunks.append(kv_pb2.KvChunk(index=len(chunks), data=data, checksum=checksum_value, **placed))
     manifest = kv_pb2.KvManifest(
@@ -57,7 +58,7 @@ def problem(layout: str = "THD", checksum: str = "crc32c") -> tuple[np.ndarray, 
 
 
 def assemble(manifest: kv_pb2.KvManifest, chunks: Chunks, **asked: object) -> KvCache:
-    options = {"token_range": None, "layer_range": None, "layout": "THD", "checksum": "crc32c", **asked}
+    options: dict[str, Any] = {"token_range": None, "layer_range": None, "layout": "THD", "checksum": "crc32c", **asked}
     assembler = KvAssembler("s-1", **options)
     assembler.add_manifest(manifest)
     for chunk in chunks:
@@ -162,7 +163,7 @@ def test_a_chunk_before_the_manifest_is_refused() -> None:
     ],
 )
 def test_a_manifest_that_contradicts_itself_or_the_request_is_refused(
-    fields: dict[str, object], asked: dict[str, object], message: str
+    fields: dict[str, Any], asked: dict[str, Any], message: str
 ) -> None:
     _, manifest, _ = problem()
     manifest.MergeFrom(kv_pb2.KvManifest(**{key: value for key, value in fields.items() if key != "range"}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sale_prefill_client import KvCache, KvSpec
 LAYERS, TOKENS, HEADS, DIM = 2, 5, 3, 4
 
 
-def cache_of(element_type: str, layout: str = "THD", **part: int) -> tuple[torch.Tensor, KvCache]:
+def cache_of(element_type: str, layout: str = "THD", **part: Any) -> tuple[torch.Tensor, KvCache]:
     """Random KV `[layers, 2, tokens, heads, dim]`, and the cache that holds it in `layout`."""
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(LAYERS, 2, TOKENS, HEADS, DIM, generator=generator).to(getattr(torch, element_type))
@@ -70,7 +72,7 @@ def test_a_dynamic_cache_holds_batch_1_heads_first(layout: str) -> None:
 @pytest.mark.parametrize(
     "part", [{"token_start": 1, "token_end": 6}, {"layer_start": 1, "layer_end": 3}, {"layer_end": 1}]
 )
-def test_part_of_a_session_makes_no_dynamic_cache(part: dict[str, int]) -> None:
+def test_part_of_a_session_makes_no_dynamic_cache(part: dict[str, Any]) -> None:
     _, cache = cache_of("float32", **part)
     with pytest.raises(ValueError, match="Pull the whole session"):
         cache.to_dynamic_cache()

@@ -16,6 +16,7 @@ from tests.unit.client.scripted import (
     FAST_RETRY,
     Calls,
     Script,
+    SyncCalls,
     break_connection,
     error_info,
     rich_status,
@@ -126,7 +127,7 @@ def test_progress_counts_bytes_to_the_end(calls: Calls) -> None:
 def test_the_request_says_what_is_wanted() -> None:
     script = Script([whole])
     with scripted_server(PullKv=script) as target, pytest.raises(errors.ProtocolError):
-        BOTH_CLIENTS[0](target).pull_kv("s-1", token_range=(2, None), layer_range=(1, 3), layout="HTD", generation=4)
+        SyncCalls(target).pull_kv("s-1", token_range=(2, None), layer_range=(1, 3), layout="HTD", generation=4)
     request = script.requests[0]
     assert (request.range.token_start, request.range.token_end) == (2, 0)
     assert (request.range.layer_start, request.range.layer_end) == (1, 3)
@@ -146,5 +147,5 @@ def test_the_request_says_what_is_wanted() -> None:
 )
 def test_what_no_message_can_say_is_refused_here(options: dict[str, Any], field: str) -> None:
     with pytest.raises(errors.InvalidFieldError) as caught:
-        BOTH_CLIENTS[0]("127.0.0.1:1").pull_kv("s-1", **options)
+        SyncCalls("127.0.0.1:1").pull_kv("s-1", **options)
     assert caught.value.field_violations[0].field == field

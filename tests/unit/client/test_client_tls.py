@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import grpc
@@ -38,7 +39,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return certificate, key
 
 
-def serve(certificate: tuple[Path, Path], *, mutual: bool = False) -> object:
+def serve(certificate: tuple[Path, Path], *, mutual: bool = False) -> AbstractContextManager[str]:
     chain, key = (path.read_bytes() for path in certificate)
     credentials = grpc.ssl_server_credentials([(key, chain)], chain if mutual else None, require_client_auth=mutual)
     return scripted_server(credentials=credentials, GetSession=lambda _, __: pb.GetSessionResponse())

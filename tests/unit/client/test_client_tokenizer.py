@@ -107,7 +107,8 @@ class TestChat:
         assert appended == tokenizer.apply_chat_template([*QUESTION, answer, *QUESTION])
 
     def chat_of(self, folder: Path, template: str, **variables: Any) -> str:
-        return Tokenizer(save_byte_tokenizer(folder, chat_template=template)).apply_chat_template(QUESTION, **variables)
+        tokenizer = Tokenizer(save_byte_tokenizer(folder, chat_template=template))
+        return str(tokenizer.apply_chat_template(QUESTION, **variables))
 
     def test_templates_get_what_published_ones_use(self, tmp_path: Path) -> None:
         template = (
