@@ -19,7 +19,7 @@ _KIND_INDEX = {kv_pb2.KV_KIND_KEY: 0, kv_pb2.KV_KIND_VALUE: 1}
 class KvAssembler:
     """Assembles one pull, over any number of streams where the connection breaks in between.
 
-    Each byte is copied once, from what protobuf hands out into its place. Every chunk is checked: its number follows the
+    Each byte is copied once, from what protobuf hands out to its place. Every chunk is checked: its number follows the
     last one's, its checksum holds, it lies in the range, and it goes on where the last chunk of the same layer and kind
     ended. With the totals of the manifest that means: every byte arrived exactly once.
 
