@@ -36,7 +36,7 @@ METRICS_SHOWN = (
     "sale_prefill_requests_total",
     "sale_prefill_tokens_total",
     "sale_prefill_attention_blocks_total",
-    "sale_prefill_seconds_total",
+    "sale_prefill_compute_seconds_total",
     "sale_prefill_sessions",
     "sale_prefill_kv_used_bytes",
 )
