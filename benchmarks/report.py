@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Instructions that attention on a CPU depends on, as Linux names them.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,9 @@ class Report:
 
     def finish(self, command: str) -> int:
         """Writes benchmarks/results/<name>.json. Returns 0 where every line holds, else 1."""
-        import torch
-        import transformers
-
         failed = [line.line for line in self._lines if not line.passed]
         content = {
-            "command": command,
-            "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-            "device": {"cpu": _cpu_name(), "threads": torch.get_num_threads()},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **provenance(command),
             "duration_seconds": round(time.time() - self._started, 1),
             "rows": [asdict(line) for line in self._lines],
         }
@@ -66,12 +57,42 @@ class Report:
         return 1 if failed else 0
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """What a figure must be read with: the command that made it, the commit, the device, the versions."""
+    import torch
+    import transformers
+
+    device: dict[str, Any] = {"cpu": _cpu_name(), "cpu_features": cpu_features(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        device["gpu"] = torch.cuda.get_device_name()
+    return {
+        "command": command,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def cpu_features() -> list[str]:
+    """Those of `CPU_FEATURES` that this machine has; none where /proc/cpuinfo does not tell."""
+    flags = set(_cpu_field("flags").split())
+    return [name for name in CPU_FEATURES if name in flags]
+
+
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    return _cpu_field("model name") or platform.processor()
+
+
+def _cpu_field(name: str) -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .backends import AttentionBackend, AttentionRequest, get_backend
 from .config import HeadPlan, LayerPolicy, SaleConfig
-from .dense import dense_log_sum_exp
+from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes
@@ -134,33 +135,27 @@ class _Call:
         return AttentionResult(*self._dense(self.query, self.kv, window))
 
     def run(self) -> AttentionResult:
-        """Dense rows first, then the sparse ones."""
+        """Short rows first, then the sparse ones."""
         batch, heads, rows, _ = self.query.shape
         offset = self.kv.tokens - rows
-        dense_rows = min(max(0, self.config.dense_rows - offset), rows)
+        short_rows = min(max(0, self.config.dense_rows - offset), rows)
         if self.statistics is not None:
             self.statistics.count_rows(rows, batch * heads)
-        parts: list[tuple[Tensor, Tensor | None]] = []
-        if dense_rows:
-            prefix = self.kv.prefix(offset + dense_rows)
-            grid = BlockGrid.of(dense_rows, prefix.tokens, self.config)
-            self._count_dense(grid, list(range(heads)), "short")
-            parts.append(self._dense(self.query[:, :, :dense_rows], prefix, None))
-        if dense_rows < rows:
-            parts.append(self._sparse(self.query[:, :, dense_rows:]))
-        if len(parts) == 1:
-            return AttentionResult(*parts[0])
-        output = torch.cat([part[0] for part in parts], dim=2)
-        return AttentionResult(
-            output, torch.cat([part[1] for part in parts if part[1] is not None], dim=2) if self.return_lse else None
-        )
+        # Laid out as models want it next, [B, Nq, H, d_v], so that joining the heads copies nothing.
+        output = self.query.new_empty(batch, rows, heads, self.kv.value_dim).transpose(1, 2)
+        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=self.query.device)
+        if short_rows:
+            kv = self.kv.prefix(offset + short_rows)
+            self._attend_all(range(heads), slice(0, short_rows), kv, output, lse, "short")
+        if short_rows < rows:
+            self._sparse(slice(short_rows, rows), output, lse)
+        return AttentionResult(output, lse if self.return_lse else None)
 
-    def _sparse(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _sparse(self, rows: slice, all_output: Tensor, all_lse: Tensor) -> None:
+        query, output, lse = self.query[:, :, rows], all_output[:, :, rows], all_lse[:, :, rows]
         grid = BlockGrid.of(query.shape[2], self.kv.tokens, self.config)
         kv, plan, backend, scale = self.kv, self.plan, self.backend, self.scale
-        if all(plan.dense):
-            output, lse = query.new_empty(*query.shape[:3], kv.value_dim), query.new_empty(query.shape[:3]).float()
-        else:
+        if not all(plan.dense):
             with self._phase("quantise"):
                 key_codes = self._key_codes()
                 query_codes = backend.quantise_query(query, grid, self.config)
@@ -170,32 +165,37 @@ class _Call:
             with self._phase("select"):
                 selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
             with self._phase("compute"):
-                output, lse = backend.compute(query, kv, selection, plan, grid, scale)
+                backend.compute(query, kv, selection, plan, grid, scale, output, lse)
             self._count_sparse(grid, selection.kept_blocks())
-        self._fill_dense_heads(query, grid, output, lse)
-        return output, lse if self.return_lse else None
+        group = query.shape[1] // kv.kv_heads
+        for kv_head in range(kv.kv_heads):
+            heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if plan.dense[head]]
+            if heads:
+                self._attend_all(heads, rows, kv.kv_head(kv_head), all_output, all_lse, "head")
 
     def _key_codes(self) -> KeyCodes:
         state = LayerState() if self.state is None else self.state
         return state.update(self.kv, self.policy, self.config, self.backend)
 
-    def _fill_dense_heads(self, query: Tensor, grid: BlockGrid, output: Tensor, lse: Tensor) -> None:
-        """Dense attention of the heads with tau = 0, one KV head at a time."""
-        group = query.shape[1] // self.kv.kv_heads
-        for kv_head in range(self.kv.kv_heads):
-            heads = [h for h in range(kv_head * group, (kv_head + 1) * group) if self.plan.dense[h]]
-            if not heads:
-                continue
-            chosen = slice(kv_head, kv_head + 1)
-            kv = KvView(self.kv.keys[:, chosen], self.kv.values[:, chosen], self.kv.page_table, self.kv.length)
-            self._count_dense(grid, heads, "head")
-            output[:, heads], head_lse = self._dense(query[:, heads], kv, None)
-            if head_lse is not None:
-                lse[:, heads] = head_lse
+    def _attend_all(
+        self, heads: Iterable[int], rows: slice, kv: KvView, all_output: Tensor, all_lse: Tensor, reason: str
+    ) -> None:
+        """Exact attention of some heads' rows; the heads share `kv`, or are all of them."""
+        chosen = list(heads)
+        whole = len(chosen) == self.query.shape[1]
+        query, output, lse = (
+            tensor[:, :, rows] if whole else tensor[:, chosen, rows] for tensor in (self.query, all_output, all_lse)
+        )
+        grid = BlockGrid.of(query.shape[2], kv.tokens, self.config)
+        self._count_dense(grid, chosen, reason)
+        with self._phase("dense"):
+            self.backend.attend_all(query, kv, grid, self.scale, output, lse if self.return_lse else None)
+            if not whole:
+                all_output[:, chosen, rows], all_lse[:, chosen, rows] = output, lse
 
     def _dense(self, query: Tensor, kv: KvView, window: int | None) -> tuple[Tensor, Tensor | None]:
         with self._phase("dense"):
-            output = self.backend.dense(query, kv, self.scale, window)
+            output = dense_attention(query, kv, scale=self.scale, window=window)
             lse = dense_log_sum_exp(query, kv, scale=self.scale, window=window) if self.return_lse else None
         return output, lse
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import HeadPlan, LayerPolicy, SaleConfig
-from .dense import dense_attention
+from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes, QueryCodes
@@ -50,10 +50,8 @@ class AttentionBackend(ABC):
         """Row codes of `[B, H, Nq, d]`, bit-identical to `quantise.quantise_query`."""
 
     @abstractmethod
-    def quantise_key_range(
-        self, kv: KvView, centre: Tensor, config: SaleConfig, start: int, codes_out: Tensor, scales_out: Tensor
-    ) -> None:
-        """Codes of keys `[start, Nk)` written in place, bit-identical to `quantise.quantise_key_range`."""
+    def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
+        """Codes of keys `[start, Nk)` written into `out`, bit-identical to `quantise.quantise_key_range`."""
 
     @abstractmethod
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
@@ -73,16 +71,31 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def compute(
-        self, query: Tensor, kv: KvView, selection: Selection, plan: HeadPlan, grid: BlockGrid, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output `[B, H, Nq, d_v]` and float32 log-sum-exp `[B, H, Nq]` over kept, sink and local blocks.
+        self,
+        query: Tensor,
+        kv: KvView,
+        selection: Selection,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        scale: float,
+        output: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Attention over kept, sink and local blocks, into `output [B, H, Nq, d_v]` and float32 `lse [B, H, Nq]`.
 
-        Rows of heads that `plan` calls dense are filled in by the caller.
+        Rows of heads that `plan` calls dense are left as they are. The last dimension of `output` is contiguous.
         """
 
-    def dense(self, query: Tensor, kv: KvView, scale: float, window: int | None) -> Tensor:
-        """Dense causal attention `[B, H, Nq, d_v]`; torch's SDPA unless a backend has a faster one."""
-        return dense_attention(query, kv, scale=scale, window=window)
+    def attend_all(
+        self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
+    ) -> None:
+        """Attention over every key that causality allows: short rows and dense heads of a SALE call.
+
+        Torch's SDPA, and a pass over the scores where `lse` is wanted, unless a backend has a faster way.
+        """
+        output.copy_(dense_attention(query, kv, scale=scale))
+        if lse is not None:
+            lse.copy_(dense_log_sum_exp(query, kv, scale=scale))
 
 
 _REGISTRY: dict[str, AttentionBackend] = {}

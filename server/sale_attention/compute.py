@@ -15,8 +15,15 @@ _PIECE_QUERY_BLOCKS = 64
 
 
 def compute_selected(
-    query: Tensor, kv: KvView, selection: Selection, plan: HeadPlan, grid: BlockGrid, scale: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    kv: KvView,
+    selection: Selection,
+    plan: HeadPlan,
+    grid: BlockGrid,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> None:
     """Attend to sink, selected and local blocks of each query block (SALE, arXiv 2505.24179, section 3.4).
 
     Arithmetic is float32 (float64 for float64 inputs). Every row sees at least its own key, so no row is empty. A
@@ -27,17 +34,15 @@ def compute_selected(
         query: `[B, H, Nq, d]`, rows at the end of `kv`.
         kv: contiguous keys and values, H a multiple of Hkv.
         selection: kept blocks besides sink and local ones.
-        plan: rows of heads that it calls dense are left zero.
+        plan: rows of heads that it calls dense are left as they are.
         grid: the blocks of this call.
         scale: softmax scale.
+        output: `[B, H, Nq, d_v]` in the query's dtype, written.
+        lse: float32 `[B, H, Nq]`, the natural log-sum-exp, written.
 
-    Returns:
-        Output `[B, H, Nq, d_v]` in the query's dtype, and float32 log-sum-exp `[B, H, Nq]` (natural logarithm).
-        Scratch memory: one KV head's keys and values in float32.
+    Scratch memory: one KV head's keys and values in float32.
     """
-    batch, heads, rows, _ = query.shape
-    output = query.new_zeros(batch, heads, rows, kv.value_dim)
-    lse = torch.zeros(batch, heads, rows, dtype=torch.float32, device=query.device)
+    batch, heads = query.shape[:2]
     group = heads // kv.kv_heads
     for row in range(batch):
         for kv_head in range(kv.kv_heads):
@@ -48,7 +53,6 @@ def compute_selected(
                     blocks.attend(
                         query[row, head], selection.words[row, head], scale, output[row, head], lse[row, head]
                     )
-    return output, lse
 
 
 class _HeadBlocks:

@@ -102,6 +102,11 @@ class KvView:
         """The first `tokens` tokens of this view."""
         return KvView(self.keys, self.values, self.page_table, tokens)
 
+    def kv_head(self, head: int) -> KvView:
+        """The view of one KV head, which keeps its dimension."""
+        chosen = slice(head, head + 1)
+        return KvView(self.keys[:, chosen], self.values[:, chosen], self.page_table, self.length)
+
     def keys_between(self, start: int, end: int) -> Tensor:
         """Keys of positions `[start, end)`: `[B, Hkv, end - start, d]`, a view where not paged."""
         return self._between(self.keys, start, end)

@@ -51,14 +51,27 @@ class KeyCodes:
     """Quantised keys of one layer: a side buffer that can always be recomputed from the keys and the centre.
 
     Attributes:
-        codes: int8 `[B, Hkv, Nk, d]`.
-        scales: float32 `[B, Hkv, ceil(Nk / 32)]`.
+        codes: int8 `[B, Hkv, >= Nk, d]`, or with a page table `[pages, Hkv, page_tokens, d]`.
+        scales: float32 `[B, Hkv, >= ceil(Nk / 32)]`, or `[pages, Hkv, page_tokens / 32]`.
         centre: float32 `[B, Hkv, d]`, what was subtracted from the keys.
+        page_table: int64 `[B, pages per sequence]` or None, as in `KvView`; a page is a multiple of 32 tokens.
     """
 
     codes: Tensor
     scales: Tensor
     centre: Tensor
+    page_table: Tensor | None = None
+
+    def gathered(self, tokens: int, key_block: int = 32) -> KeyCodes:
+        """The codes of the first `tokens` tokens without page table: views where contiguous, else copies."""
+        blocks = -(-tokens // key_block)
+        if self.page_table is None:
+            return KeyCodes(self.codes[:, :, :tokens], self.scales[:, :, :blocks], self.centre)
+        page_tokens = self.codes.shape[2]
+        table = self.page_table[:, : -(-tokens // page_tokens)]
+        codes = self.codes[table].transpose(1, 2).flatten(2, 3)
+        scales = self.scales[table].transpose(1, 2).flatten(2, 3)
+        return KeyCodes(codes[:, :, :tokens], scales[:, :, :blocks], self.centre)
 
 
 def default_key_centre(kv: KvView, config: SaleConfig) -> Tensor:
@@ -96,26 +109,30 @@ def quantise_query(query: Tensor, grid: BlockGrid, config: SaleConfig, block_mea
     return QueryCodes(codes, scales, block_means if config.code_bits == 4 else None)
 
 
-def quantise_key_range(
-    kv: KvView, centre: Tensor, config: SaleConfig, start: int, codes_out: Tensor, scales_out: Tensor
-) -> None:
-    """Quantise keys of positions `[start, Nk)` into `codes_out` int8 `[B, Hkv, >= Nk, d]` and `scales_out`.
+def quantise_key_range(kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
+    """Quantise keys of positions `[start, Nk)` into `out`, centred by `out.centre`; `start` is a multiple of 32.
 
-    `start` is a multiple of the key block; `scales_out` is float32 `[B, Hkv, >= ceil(Nk / 32)]`. Works through
-    pieces of a few thousand keys, so its scratch memory does not grow with the sequence.
+    Works through pieces of a few thousand keys, so its scratch memory does not grow with the sequence.
     """
     block = config.key_block
-    for piece in range(start, kv.tokens, _PIECE_TOKENS):
-        end = min(piece + _PIECE_TOKENS, kv.tokens)
-        keys = kv.keys_between(piece, end).to(torch.float32) - centre.unsqueeze(2)
+    piece_tokens = _PIECE_TOKENS if out.page_table is None else out.codes.shape[2]
+    for piece in range(start // piece_tokens * piece_tokens, kv.tokens, piece_tokens):
+        first, end = max(piece, start), min(piece + piece_tokens, kv.tokens)
+        keys = kv.keys_between(first, end).to(torch.float32) - out.centre.unsqueeze(2)
         if config.code_bits == 4:
             keys = hadamard_transform(keys)
         # Padding with zeros cannot raise a maximum of magnitudes.
-        padded = torch.nn.functional.pad(keys, (0, 0, 0, -(end - piece) % block))
+        padded = torch.nn.functional.pad(keys, (0, 0, 0, -(end - first) % block))
         groups = padded.reshape(kv.batch, kv.kv_heads, -1, block * kv.head_dim)
         codes, scales = quantise_groups(groups, groups.abs().amax(dim=-1), config.code_limit)
-        codes_out[:, :, piece:end] = codes.view(padded.shape)[:, :, : end - piece]
-        scales_out[:, :, piece // block : -(-end // block)] = scales
+        rows = codes.view(padded.shape)[:, :, : end - first]
+        if out.page_table is None:
+            out.codes[:, :, first:end] = rows
+            out.scales[:, :, first // block : -(-end // block)] = scales
+        else:
+            pages = out.page_table[:, piece // piece_tokens]
+            out.codes[pages, :, first - piece : end - piece] = rows
+            out.scales[pages, :, (first - piece) // block : -(-(end - piece) // block)] = scales
 
 
 def quantise_key(kv: KvView, centre: Tensor, config: SaleConfig) -> KeyCodes:
@@ -123,8 +140,9 @@ def quantise_key(kv: KvView, centre: Tensor, config: SaleConfig) -> KeyCodes:
     codes = torch.empty(kv.batch, kv.kv_heads, kv.tokens, kv.head_dim, dtype=torch.int8, device=kv.device)
     blocks = -(-kv.tokens // config.key_block)
     scales = torch.empty(kv.batch, kv.kv_heads, blocks, dtype=torch.float32, device=kv.device)
-    quantise_key_range(kv, centre, config, 0, codes, scales)
-    return KeyCodes(codes, scales, centre)
+    result = KeyCodes(codes, scales, centre)
+    quantise_key_range(kv, config, 0, result)
+    return result
 
 
 def quantise_groups(values: Tensor, amax: Tensor, limit: int) -> tuple[Tensor, Tensor]:

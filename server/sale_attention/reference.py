@@ -28,11 +28,9 @@ class ReferenceBackend(AttentionBackend):
         """See `quantise.quantise_query`."""
         return quantise.quantise_query(query, grid, config)
 
-    def quantise_key_range(
-        self, kv: KvView, centre: Tensor, config: SaleConfig, start: int, codes_out: Tensor, scales_out: Tensor
-    ) -> None:
+    def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
         """See `quantise.quantise_key_range`."""
-        quantise.quantise_key_range(kv, centre, config, start, codes_out, scales_out)
+        quantise.quantise_key_range(kv, config, start, out)
 
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """See `sink_local.sink_local_log_sum_exp`."""
@@ -49,13 +47,21 @@ class ReferenceBackend(AttentionBackend):
     ) -> Selection:
         """See `select.select_blocks`."""
         exact_keys = kv if query_codes.block_means is None else kv.gathered()
-        return select.select_blocks(query_codes, key_codes, thresholds, plan, grid, exact_keys)
+        return select.select_blocks(query_codes, key_codes.gathered(kv.tokens), thresholds, plan, grid, exact_keys)
 
     def compute(
-        self, query: Tensor, kv: KvView, selection: Selection, plan: HeadPlan, grid: BlockGrid, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        query: Tensor,
+        kv: KvView,
+        selection: Selection,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        scale: float,
+        output: Tensor,
+        lse: Tensor,
+    ) -> None:
         """See `compute.compute_selected`."""
-        return compute.compute_selected(query, kv.gathered(), selection, plan, grid, scale)
+        compute.compute_selected(query, kv.gathered(), selection, plan, grid, scale, output, lse)
 
 
 class DenseBackend(ReferenceBackend):

@@ -77,9 +77,10 @@ class LayerState:
         self._check_same_session(kv, config)
         codes, scales = self._reserve(kv, config)
         start = min(self._tokens, kv.tokens) // config.key_block * config.key_block
-        backend.quantise_key_range(kv, self._centre, config, start, codes, scales)
+        result = KeyCodes(codes, scales, self._centre)
+        backend.quantise_key_range(kv, config, start, result)
         self._tokens = kv.tokens // config.key_block * config.key_block
-        return KeyCodes(codes[:, :, : kv.tokens], scales[:, :, : -(-kv.tokens // config.key_block)], self._centre)
+        return result.gathered(kv.tokens, config.key_block)
 
     def _check_same_session(self, kv: KvView, config: SaleConfig) -> None:
         assert self._centre is not None
