@@ -4,7 +4,8 @@ The method: "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-con
 `attend` is the one call; `sale_attention.transformers_integration` registers it as `attn_implementation="sale"`.
 """
 
-from . import reference as _reference  # registers the backends of this package
+from . import cpu as _cpu  # registers the backends of this package
+from . import reference as _reference
 from .attention import AttentionResult, attend
 from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
 from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
@@ -15,7 +16,7 @@ from .select import Selection
 from .state import LayerState
 from .statistics import AttentionStatistics
 
-del _reference
+del _cpu, _reference
 
 __all__ = [
     "DEFAULT_TAU",

@@ -1,0 +1,180 @@
+"""Native code built on the machine that runs it: compiled once, cached by content, found again by every process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE_VARIABLE = "SALE_PREFILL_CACHE"
+
+
+class KernelBuildError(RuntimeError):
+    """Kernels could not be built. The message says why and names the log, where there is one."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What makes one shared library; everything here, and the contents of all sources, enter the cache key.
+
+    Attributes:
+        name: of the library, an identifier.
+        sources: files to compile, relative to `source_root`.
+        source_root: folder whose files all count as sources for the cache key.
+        include_dirs: relative to `source_root`.
+        compile_flags: for every source.
+        link_flags: for the link step.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    source_root: Path
+    include_dirs: tuple[str, ...] = ()
+    compile_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+
+
+def kernel_source_root() -> Path:
+    """`csrc/`: inside an installed package, or at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "csrc", here.parents[1] / "csrc"):
+        if (candidate / "include").is_dir():
+            return candidate
+    raise KernelBuildError(f"kernel sources are neither in {here / 'csrc'} nor in {here.parents[1] / 'csrc'}")
+
+
+def kernel_cache_dir() -> Path:
+    """`$SALE_PREFILL_CACHE/kernels`, else `kernels` in the user's cache folder for sale-prefill."""
+    if override := os.environ.get(CACHE_VARIABLE):
+        return Path(override).expanduser() / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sale-prefill" / "kernels"
+
+
+def build(plan: BuildPlan, log_to: Path | None = None) -> Path:
+    """The shared library of `plan`, from the cache or built now through `torch.utils.cpp_extension` and ninja.
+
+    Processes that want the same library wait for each other; a build that is killed leaves nothing that counts.
+
+    Args:
+        plan: what to build.
+        log_to: where a failed build's log goes; default `<cache>/<name>-<key>.log`.
+
+    Raises:
+        KernelBuildError: no compiler, no ninja, an unwritable cache folder, or a compile error; says which.
+    """
+    compiler = _compiler()
+    key = _cache_key(plan, compiler)
+    cache = kernel_cache_dir()
+    library = cache / f"{plan.name}-{key}" / f"{plan.name}.so"
+    if library.exists():
+        return library
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _exclusive(cache / f".{plan.name}-{key}.lock"):
+            if not library.exists():
+                _build_into(library, plan, compiler, log_to or cache / f"{plan.name}-{key}.log")
+    except OSError as error:
+        raise KernelBuildError(
+            f"the kernel cache {cache} cannot be used ({error}): make it writable, or name another folder in "
+            f"{CACHE_VARIABLE}"
+        ) from error
+    return library
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX", "c++")
+    found = shutil.which(wanted) or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise KernelBuildError(
+            f"no C++ compiler ({wanted}, g++ or clang++) on PATH: install one (Debian, Ubuntu: apt-get install g++), "
+            "or name it in CXX"
+        )
+    return found
+
+
+def _cache_key(plan: BuildPlan, compiler: str) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    for part in (plan.name, *plan.sources, *plan.include_dirs, *plan.compile_flags, *plan.link_flags, version.stdout):
+        digest.update(part.encode() + b"\0")
+    for file in sorted(plan.source_root.rglob("*")):
+        if file.is_file():
+            digest.update(str(file.relative_to(plan.source_root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+@contextmanager
+def _exclusive(lock_file: Path) -> Iterator[None]:
+    """Holds a lock that the system drops with its process, however that ends."""
+    with lock_file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _build_into(library: Path, plan: BuildPlan, compiler: str, log_file: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", dir=library.parent.parent))
+    try:
+        started = time.perf_counter()
+        _run_ninja(plan, folder, compiler)
+        (folder / "built-in-seconds").write_text(f"{time.perf_counter() - started:.1f}\n")
+        shutil.rmtree(library.parent, ignore_errors=True)
+        folder.rename(library.parent)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        log_file.write_text(f"{error}\n{error.__cause__ or ''}\n")
+        raise KernelBuildError(
+            f"building {plan.name} with {compiler} failed; the compiler's output is in {log_file}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_ninja(plan: BuildPlan, folder: Path, compiler: str) -> None:
+    from torch.utils import cpp_extension
+
+    with _environment(CXX=compiler, PATH=_path_with_ninja()):
+        cpp_extension.load(
+            name=plan.name,
+            sources=[str(plan.source_root / source) for source in plan.sources],
+            extra_include_paths=[str(plan.source_root / folder) for folder in plan.include_dirs],
+            extra_cflags=list(plan.compile_flags),
+            extra_ldflags=list(plan.link_flags),
+            build_directory=str(folder),
+            # A standalone build neither links torch nor imports the result; ctypes loads it from its final place.
+            is_python_module=False,
+            is_standalone=False,
+        )
+
+
+def _path_with_ninja() -> str:
+    """PATH, with the folder of the `ninja` package's binary first: a virtual environment may not be activated."""
+    folders: Sequence[str] = [os.environ.get("PATH", "")]
+    try:
+        import ninja
+
+        folders = [ninja.BIN_DIR, *folders]
+    except ImportError:
+        pass
+    return os.pathsep.join(folders)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
