@@ -156,7 +156,8 @@ class LocalModel:
             AttentionSettings(mode, ServerConfig.threshold, ServerConfig.query_stride),
             SaleConfig(),
             chunk_tokens=chunk_tokens,
-            attention_backend="reference",
+            attention_backend="auto",
+            measure_crossover=True,
         )
 
     def _sequence(self, engine: Engine, num_tokens: int) -> Sequence:

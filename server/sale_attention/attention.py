@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import AttentionBackend, AttentionRequest, get_backend
+from .backends import AUTO, AttentionBackend, AttentionRequest, get_backend
 from .config import HeadPlan, LayerPolicy, SaleConfig
 from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
@@ -47,7 +47,7 @@ def attend(
     prompt_end: int | None = None,
     statistics: AttentionStatistics | None = None,
     layer: int = 0,
-    backend: str = "reference",
+    backend: str = AUTO,
     dense: bool = False,
     window: int | None = None,
     return_lse: bool = True,
@@ -68,7 +68,7 @@ def attend(
         prompt_end: absolute end of the whole prompt; its last rows are all inspected whatever the stride. Default Nk.
         statistics: what to add this call's costs to.
         layer: the layer's index in `statistics`.
-        backend: a registered backend's name; "dense" runs everything dense.
+        backend: a registered backend's name; "auto" is the fastest for the query's device, "dense" runs all dense.
         dense: run everything dense.
         window: sliding window in tokens, itself included; runs dense, since SALE's blocks know no window.
         return_lse: False leaves `lse` out, and saves a pass over the scores of dense rows.
@@ -91,7 +91,7 @@ def attend(
         plan=HeadPlan.resolve(policy, config, kv.tokens if prompt_end is None else prompt_end),
         statistics=statistics,
         layer=layer,
-        backend=get_backend(backend),
+        backend=get_backend(backend, query.device),
         return_lse=return_lse,
     )
     if dense or backend == "dense":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .config import HeadPlan, LayerPolicy, SaleConfig
@@ -40,6 +41,11 @@ class AttentionBackend(ABC):
     """
 
     name: str
+
+    @property
+    def description(self) -> str:
+        """The name, and what the backend found to run on, for reports."""
+        return self.name
 
     @abstractmethod
     def supports(self, request: AttentionRequest) -> str | None:
@@ -98,6 +104,7 @@ class AttentionBackend(ABC):
             lse.copy_(dense_log_sum_exp(query, kv, scale=scale))
 
 
+AUTO = "auto"
 _REGISTRY: dict[str, AttentionBackend] = {}
 
 
@@ -112,16 +119,18 @@ def register_backend(backend: AttentionBackend) -> None:
     _REGISTRY[backend.name] = backend
 
 
-def get_backend(name: str) -> AttentionBackend:
-    """The backend registered as `name`.
+def get_backend(name: str, device: torch.device | None = None) -> AttentionBackend:
+    """The backend registered as `name`; "auto" is the fastest one for `device`.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
+    if name == AUTO:
+        name = "cpu" if device is None or device.type == "cpu" else "reference"
     try:
         return _REGISTRY[name]
     except KeyError:
-        known = ", ".join(available_backends())
+        known = ", ".join((AUTO, *available_backends()))
         raise ValueError(f"no attention backend named {name!r}; available: {known}") from None
 
 

@@ -103,7 +103,9 @@ def _compiler() -> str:
 
 def _cache_key(plan: BuildPlan, compiler: str) -> str:
     digest = hashlib.sha256()
-    version = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    version = subprocess.run(
+        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
+    )
     for part in (plan.name, *plan.sources, *plan.include_dirs, *plan.compile_flags, *plan.link_flags, version.stdout):
         digest.update(part.encode() + b"\0")
     for file in sorted(plan.source_root.rglob("*")):
@@ -125,6 +127,8 @@ def _build_into(library: Path, plan: BuildPlan, compiler: str, log_file: Path) -
     try:
         started = time.perf_counter()
         _run_ninja(plan, folder, compiler)
+        # torch numbers the file where this process has built the name before.
+        next(folder.glob(f"{plan.name}*.so")).rename(folder / library.name)
         (folder / "built-in-seconds").write_text(f"{time.perf_counter() - started:.1f}\n")
         shutil.rmtree(library.parent, ignore_errors=True)
         folder.rename(library.parent)
@@ -148,9 +152,7 @@ def _run_ninja(plan: BuildPlan, folder: Path, compiler: str) -> None:
             extra_cflags=list(plan.compile_flags),
             extra_ldflags=list(plan.link_flags),
             build_directory=str(folder),
-            # A standalone build neither links torch nor imports the result; ctypes loads it from its final place.
             is_python_module=False,
-            is_standalone=False,
         )
 
 

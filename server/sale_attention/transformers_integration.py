@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .attention import attend
+from .backends import AUTO
 from .config import LayerPolicy, SaleConfig
 from .kv_view import KvView
 from .state import LayerState
@@ -57,7 +58,7 @@ class AttentionContext:
     prompt_end: int | None = None
     statistics: AttentionStatistics | None = None
     on_layer: Callable[[int], None] | None = None
-    backend: str = "reference"
+    backend: str = AUTO
 
 
 _DEFAULT_CONTEXT = AttentionContext()

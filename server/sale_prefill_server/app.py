@@ -183,12 +183,20 @@ class Server:
             model,
             KvPool(model.kv_shape, capacity_bytes),
             AttentionSettings(AttentionMode(config.attention), config.threshold, config.query_stride),
-            SaleConfig(dense_rows=config.dense_rows),
+            SaleConfig(dense_rows=config.dense_rows) if config.dense_rows else SaleConfig(),
             chunk_tokens=config.chunk_tokens,
-            attention_backend="reference" if config.attention_backend == "auto" else config.attention_backend,
+            attention_backend=config.attention_backend,
+            measure_crossover=not config.dense_rows,
         )
-        logger.info("warm in %.1f s; %d MiB for KV", engine.warm_up(), capacity_bytes // 2**20)
+        self._log_start(engine, engine.warm_up())
         return _Service(engine, SessionManager(self._events), Scheduler())
+
+    def _log_start(self, engine: Engine, warm_up_seconds: float) -> None:
+        if engine.attention_backend == "reference" and self.config.attention_backend != "reference":
+            self._metrics.kernel_fallbacks.labels("build").inc()
+        crossover = engine.crossover(engine.defaults)
+        logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
+        logger.info("attention by %s; rows before position %d run dense", engine.attention_backend, crossover)
 
     def _connect(self, service: _Service) -> None:
         config, engine = self.config, service.engine

@@ -42,7 +42,9 @@ class ServerConfig:
     attention_backend: str = _setting("auto", "attention backend by name; auto takes the fastest that works here")
     threshold: float = _setting(0.004, "SALE threshold tau of a session that asks for none", minimum=0)
     query_stride: int = _setting(1, "estimate from every n-th query row: 1, 2 or 4", minimum=1)
-    dense_rows: int = _setting(1024, "query rows before this position take dense attention", minimum=1024)
+    dense_rows: int = _setting(
+        0, "query rows before this position take dense attention; 0 measures where sparse starts to pay", minimum=0
+    )
     chunk_tokens: int = _setting(2048, "prefill chunk, a multiple of 128: the unit of fairness", minimum=128)
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
@@ -59,6 +61,10 @@ class ServerConfig:
         if self.chunk_tokens % 128:
             raise ConfigError(
                 f"chunk_tokens = {self.chunk_tokens}: must be a multiple of 128, so that blocks never depend on chunks"
+            )
+        if self.dense_rows and (self.dense_rows < 1024 or self.dense_rows % 128):
+            raise ConfigError(
+                f"dense_rows = {self.dense_rows}: must be a multiple of 128, at least 1024, or 0 to have it measured"
             )
         if self.query_stride not in (1, 2, 4):
             raise ConfigError(f"query_stride = {self.query_stride}: must be 1, 2 or 4")

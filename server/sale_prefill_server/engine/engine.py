@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
+from dataclasses import replace
 
 import torch
 
-from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig
+from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
+from sale_attention.crossover import AttentionCosts, crossover_position, measured_costs
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
@@ -25,9 +27,11 @@ class Engine:
         model: the model.
         pool: memory for KV.
         defaults: attention of a session that asks for none.
-        config: SALE's geometry, the same for all sessions.
+        config: SALE's geometry; `dense_rows` is the least that a session's crossover may be.
         chunk_tokens: prefill chunk, a multiple of 128; boundaries are at its multiples by absolute position.
-        attention_backend: name of the backend that runs SALE.
+        attention_backend: name of the backend that runs SALE, or "auto".
+        measure_crossover: let each session's rows take dense attention up to where sparse is expected to pay on this
+            machine; else up to `config.dense_rows`.
     """
 
     def __init__(
@@ -39,20 +43,47 @@ class Engine:
         *,
         chunk_tokens: int,
         attention_backend: str,
+        measure_crossover: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
         self.defaults = defaults
         self.config = config
         self.chunk_tokens = chunk_tokens
-        self.attention_backend = attention_backend
+        self._backend_name = attention_backend
+        self._backend = get_backend(attention_backend, model.device)
+        self._costs = self._measured_costs() if measure_crossover else None
+
+    @property
+    def attention_backend(self) -> str:
+        """What runs SALE, such as "cpu-avx512"."""
+        return self._backend.description
 
     def open(self, settings: AttentionSettings) -> Sequence:
-        """An empty sequence; the caller owns it."""
+        """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life."""
         policy = LayerPolicy.uniform(
             self.model.num_query_heads, tau=settings.threshold, query_stride=settings.query_stride
         )
-        return Sequence(self.pool.create(), settings, [policy] * self.model.kv_shape.num_layers)
+        config = replace(self.config, dense_rows=self.crossover(settings))
+        return Sequence(self.pool.create(), settings, config, [policy] * self.model.kv_shape.num_layers)
+
+    def crossover(self, settings: AttentionSettings) -> int:
+        """Row position from which a session with `settings` is sparse."""
+        if self._costs is None:
+            return self.config.dense_rows
+        return crossover_position(self._costs, settings.threshold, settings.query_stride, self.config)
+
+    def _measured_costs(self) -> AttentionCosts:
+        shape = self.model.kv_shape
+        return measured_costs(
+            self._backend,
+            heads=self.model.num_query_heads,
+            kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=shape.device,
+            config=self.config,
+        )
 
     def next_boundary(self, position: int, end: int) -> int:
         """Where the chunk that starts at `position` ends."""
@@ -85,14 +116,14 @@ class Engine:
             Logits [vocabulary_size] float32 of the last position, on the CPU.
         """
         context = AttentionContext(
-            config=self.config,
+            config=sequence.config,
             policies=sequence.policies,
             states=sequence.states,
             dense=sequence.settings.mode is AttentionMode.DENSE,
             prompt_end=prompt_end,
             statistics=statistics,
             on_layer=on_layer,
-            backend=self.attention_backend,
+            backend=self._backend_name,
         )
         with attention_context(context):
             return self._forward(sequence, token_ids)
@@ -100,7 +131,7 @@ class Engine:
     @torch.inference_mode()
     def decode_token(self, sequence: Sequence, token_id: int) -> torch.Tensor:
         """Appends one token with dense attention; returns logits as `prefill_chunk` does."""
-        with attention_context(AttentionContext(config=self.config, dense=True)):
+        with attention_context(AttentionContext(config=sequence.config, dense=True)):
             return self._forward(sequence, [token_id])
 
     def _forward(self, sequence: Sequence, token_ids: TokenIds[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sale_attention import LayerPolicy, LayerState
+from sale_attention import LayerPolicy, LayerState, SaleConfig
 from sale_prefill_server.engine.cache import SessionCache
 from sale_prefill_server.kv.pool import SessionKv
 
@@ -32,12 +32,16 @@ class AttentionSettings:
 class Sequence:
     """Owned by its session; used by one engine step at a time.
 
-    `policies` and `states` hold one entry a layer. `states` can be recomputed from the KV and never travels.
+    `config` and `policies` (one a layer) are fixed for its life, so that chunks and appends cannot change a result.
+    `states` (one a layer) can be recomputed from the KV and never travel.
     """
 
-    def __init__(self, kv: SessionKv, settings: AttentionSettings, policies: list[LayerPolicy]) -> None:
+    def __init__(
+        self, kv: SessionKv, settings: AttentionSettings, config: SaleConfig, policies: list[LayerPolicy]
+    ) -> None:
         self.kv = kv
         self.settings = settings
+        self.config = config
         self.policies = policies
         self.states = [LayerState() for _ in policies]
         self.cache = SessionCache(kv)

@@ -105,6 +105,10 @@ class Metrics:
             "dense_fallback_rows", "Rows (query token x head x layer) that took dense attention, by reason.", "reason"
         )
 
+        self.kernel_fallbacks = self._counter(
+            "kernel_fallbacks", "Times that native kernels could not be used and a slower way computes.", "reason"
+        )
+
     def _define_sessions(self) -> None:
         self.sessions = self._gauge("sessions", "Sessions held, by state.", "state")
         self.session_ends = self._counter("session_ends", "Sessions that ended, by reason.", "reason")
@@ -159,6 +163,7 @@ class Metrics:
             (self.phase_seconds, PHASES),
             (self.blocks, ("computed", "skipped")),
             (self.dense_rows, DENSE_REASONS),
+            (self.kernel_fallbacks, ("build",)),
             (self.sessions, ("busy", "partial", "ready")),
             (self.session_ends, SESSION_ENDS),
             (self.lease_renewals, ("renewed", "missing")),

@@ -243,7 +243,7 @@ def test_a_non_finite_query_shows_in_its_own_row_only() -> None:
 
 def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     growth = {n: measure_in_fresh_process(n, 64, tau=10.0)["peak_growth_bytes"] for n in (8192, 16384)}
-    assert 10e6 < growth[16384] < 2.5 * growth[8192]
+    assert 1e6 < growth[16384] < 2.5 * growth[8192]
     # One byte a pair would be 268 MB.
     assert growth[16384] < 100e6
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,9 @@ class TestProcess:
     def test_ctrl_c_cancels_the_request_and_exits_with_130(self) -> None:
         gone = threading.Event()
         with scripted_server(Decode=self.endless(gone)) as target:
-            process = start("decode", "s-1", "--tokens", "--server", target)
+            # A shell's background job ignores Ctrl-C and hands that down; somebody's terminal does not.
+            heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            process = start("decode", "s-1", "--tokens", "--server", target, preexec_fn=heeds)
             assert process.stdout is not None
             assert process.stdout.read(2) == "7 "
             process.send_signal(signal.SIGINT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sale_attention import LayerPolicy
+from sale_attention import LayerPolicy, SaleConfig
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.events import Event, EventBus, SessionChanged
@@ -47,7 +47,7 @@ def manager(clock: Clock, events: list[Event]) -> SessionManager:
 
 
 def make(manager: SessionManager, pool: KvPool, session_id: str = "a", retention: Retention | None = None) -> Session:
-    sequence = Sequence(pool.create(), SETTINGS, [LayerPolicy.uniform(1)])
+    sequence = Sequence(pool.create(), SETTINGS, SaleConfig(), [LayerPolicy.uniform(1)])
     sequence.kv.reserve(128)
     session = manager.create("tenant", session_id, sequence, retention or Retention(60.0), {})
     manager.check_in(session, SessionState.READY)

@@ -1,0 +1,127 @@
+"""Kernels built on this machine: cached by content, safe against each other, and replaced by the reference without."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sale_attention import attend, get_backend
+from sale_attention.cpu import CpuBackend, available_isas, library, load_kernels
+from sale_attention.jit import BuildPlan, KernelBuildError, build
+from tests.unit.attention.naive import SMALL, Shape, random_problem
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildPlan:
+    """A library of one function, and a cache of its own."""
+    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "answer.cpp").write_text('extern "C" int answer() { return ANSWER; }\n')
+    return BuildPlan("answer", ("answer.cpp",), source, compile_flags=("-DANSWER=42",))
+
+
+def answer(file: Path) -> int:
+    return int(ctypes.CDLL(str(file)).answer())
+
+
+def folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def test_a_library_is_built_once_and_found_again(plan: BuildPlan, tmp_path: Path) -> None:
+    first = build(plan)
+    built_at = first.stat().st_mtime_ns
+    assert answer(first) == 42
+    assert build(plan) == first
+    assert first.stat().st_mtime_ns == built_at
+    assert folders(tmp_path / "cache" / "kernels") == [first.parent.name]
+
+
+def test_other_sources_or_flags_are_another_library(plan: BuildPlan) -> None:
+    first = build(plan)
+    other_flags = build(replace(plan, compile_flags=("-DANSWER=7",)))
+    (plan.source_root / "note.h").write_text("// any file below the root counts\n")
+    other_sources = build(plan)
+    assert len({first, other_flags, other_sources}) == 3
+    assert (answer(first), answer(other_flags), answer(other_sources)) == (42, 7, 42)
+
+
+def _build_and_answer(plan: BuildPlan) -> tuple[int, int]:
+    file = build(plan)
+    return answer(file), file.stat().st_mtime_ns
+
+
+def test_processes_that_want_the_same_library_share_one_build(plan: BuildPlan) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.map(_build_and_answer, [plan, plan])
+    assert [result[0] for result in results] == [42, 42]
+    assert results[0][1] == results[1][1]
+
+
+def test_a_compile_error_names_the_log_and_leaves_no_library(plan: BuildPlan, tmp_path: Path) -> None:
+    (plan.source_root / "answer.cpp").write_text("int answer( {")
+    with pytest.raises(
+        KernelBuildError, match=r"building answer with .* failed; the compiler's output is in (.*\.log)"
+    ):
+        build(plan)
+    cache = tmp_path / "cache" / "kernels"
+    (log,) = cache.glob("*.log")
+    assert "error:" in log.read_text()
+    assert folders(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(plan: BuildPlan, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(KernelBuildError, match=r"cannot be used .* name another folder in SALE_PREFILL_CACHE"):
+        build(plan)
+
+
+def test_no_compiler_says_what_to_install(plan: BuildPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(KernelBuildError, match=r"no C\+\+ compiler .* apt-get install g\+\+"):
+        build(plan)
+
+
+def test_without_kernels_the_reference_computes_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path))
+    library.load_library.cache_clear()
+    backend = CpuBackend()
+    query, kv = random_problem(Shape(rows=300))
+    monkeypatch.setitem(get_backend.__globals__["_REGISTRY"], "cpu", backend)
+    with caplog.at_level(logging.WARNING):
+        results = [attend(query, kv, config=SMALL, backend="cpu") for _ in range(2)]
+    library.load_library.cache_clear()
+    expected = attend(query, kv, config=SMALL, backend="reference")
+    assert all(torch.equal(result.output, expected.output) for result in results)
+    assert backend.description == "reference"
+    (record,) = caplog.records
+    assert "slow torch reference computes: no C++ compiler" in record.message
+
+
+def test_every_machine_runs_the_portable_kernels() -> None:
+    assert available_isas()[-1] == "portable"
+    assert CpuBackend().description == f"cpu-{load_kernels().isa}"
+
+
+def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALE_PREFILL_CPU_ISA", "portable")
+    assert CpuBackend().description == "cpu-portable"
+    assert CpuBackend("portable").description == "cpu-portable"
+
+
+def test_an_instruction_set_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALE_PREFILL_CPU_ISA", "neon")
+    with pytest.raises(
+        ValueError, match=r"'neon' \(SALE_PREFILL_CPU_ISA\) does not run on this machine; it runs .*portable"
+    ):
+        load_kernels()
