@@ -101,8 +101,8 @@ class RunningServer:
 
 @contextmanager
 def running_server(*, ready: bool = True, **settings: Any) -> Iterator[RunningServer]:
-    """A server with `settings`, on free ports; with `ready=False` its model never loads."""
-    config = ServerConfig(**{"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, **settings})
+    """A server with `settings`, on free ports, sparse from row 1024 on whatever this machine measures; with `ready=False` its model never loads."""
+    config = ServerConfig(**{"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, "dense_rows": 1024, **settings})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sale_prefill.v1 import prefill_service_pb2 as pb
 from sale_prefill.v1 import session_service_pb2
-from tests.support import RunningServer, tokens_of
+from tests.support import RunningServer, running_server, tokens_of
 
 DENSE = session_service_pb2.AttentionOptions(mode=session_service_pb2.ATTENTION_MODE_DENSE)
 
@@ -91,6 +92,19 @@ def test_the_report_accounts_for_every_second_token_and_block(tiny_server: Runni
     assert sum(layer.computed_blocks for layer in stats.layers) == stats.computed_blocks
     assert stats.density == pytest.approx(stats.computed_blocks / stats.causal_blocks)
     assert {entry.reason: entry.num_rows for entry in stats.dense_fallbacks} == {pb.DENSE_REASON_SHORT: 1024 * 4 * 2}
+
+
+def test_rows_turn_sparse_where_the_server_measured_that_it_pays_and_stay_so(tiny_model: Path) -> None:
+    with running_server(model=str(tiny_model), dtype="float32", chunk_tokens=512, dense_rows=0) as server:
+        engine = server.server._service.engine  # type: ignore[union-attr]
+        crossover = engine.crossover(engine.defaults)
+        whole = server.prefill_tokens(tokens_of(3000), session_id="whole").stats
+        first = server.prefill_tokens(tokens_of(3000)[:2000], session_id="parts").stats
+        engine._costs = replace(engine._costs, row_seconds=1.0)  # would put a new session's crossover out of reach
+        rest = server.prefill_tokens(tokens_of(3000)[2000:], session_id="parts").stats
+    assert 1024 <= crossover < 3000
+    assert whole.dense_fallbacks[0].num_rows == crossover * 4 * 2
+    assert sum(entry.num_rows for stats in (first, rest) for entry in stats.dense_fallbacks) == crossover * 4 * 2
 
 
 def test_a_threshold_of_one_keeps_fewer_blocks_than_a_small_one(tiny_server: RunningServer) -> None:
