@@ -15,11 +15,11 @@ PROTO_OUT ?= proto
 RELEASES := $(shell ls proto/releases/*.binpb 2>/dev/null | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main client-sync wheel clean
+.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-sanitize bench-attention client-sync wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## make .venv with pinned versions; CUDA torch where nvidia-smi finds a GPU
 
@@ -80,6 +80,19 @@ proto-release: $(STAMP)  ## keep the contract as an image that buf breaking comp
 
 check-main: $(STAMP)  ## measure what the main job promises; fail where a promise falls short
 	$(BIN)/python -m benchmarks.check_main $(ARGS)
+
+check-attention: $(STAMP)  ## measure what CPU attention promises, on real traces; fail where a promise falls short
+	$(BIN)/python -m benchmarks.check_attention $(ARGS)
+
+# libasan must be in the process before python is; leaks are the interpreter's own.
+check-sanitize: $(STAMP)  ## run the conformance kit on CPU kernels built for AddressSanitizer and UBSan
+	@cxx=$${CXX:-g++} && SALE_PREFILL_CPU_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest tests/conformance -k cpu $(ARGS)
+
+bench-attention: $(STAMP)  ## time attention by backend, length and trace: make bench-attention ARGS='--lengths 8192'
+	$(BIN)/python -m benchmarks.attention $(ARGS)
 
 client-sync: $(STAMP)  ## regenerate the blocking client from the asyncio one
 	$(BIN)/python tools/generate_sync_client.py

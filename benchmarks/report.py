@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -13,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 #: Instructions that attention on a CPU depends on, as Linux names them.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+#: Average number of running processes, over the last minute, from which a machine is not idle.
+BUSY_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,15 @@ def provenance(command: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def warn_if_busy() -> None:
+    """Says so where something else runs on this machine: figures taken beside it mean little."""
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        print(
+            f"load average {load:.1f}: something else runs here, or did a minute ago; figures will scatter", flush=True
+        )
 
 
 def cpu_features() -> list[str]:

@@ -101,8 +101,12 @@ class RunningServer:
 
 @contextmanager
 def running_server(*, ready: bool = True, **settings: Any) -> Iterator[RunningServer]:
-    """A server with `settings`, on free ports, sparse from row 1024 on whatever this machine measures; with `ready=False` its model never loads."""
-    config = ServerConfig(**{"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, "dense_rows": 1024, **settings})
+    """A server with `settings`, on free ports; with `ready=False` its model never loads.
+
+    Rows are sparse from 1024 on, whatever this machine measures.
+    """
+    fixed = {"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, "dense_rows": 1024}
+    config = ServerConfig(**{**fixed, **settings})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
     thread.start()
