@@ -46,7 +46,7 @@ template <class T>
 inline T* token_at(const SaleTokens& tokens, int64_t batch, int64_t head, int64_t token) {
   int64_t unit = batch;
   if (tokens.page_table != nullptr) {
-    unit = tokens.page_table[batch * tokens.page_table_stride + token / tokens.page_tokens];
+    unit = tokens.page_table[batch * tokens.page_table_stride + token / tokens.page_tokens * tokens.page_table_step];
     token %= tokens.page_tokens;
   }
   return static_cast<T*>(tokens.data) + unit * tokens.batch_stride + head * tokens.head_stride +

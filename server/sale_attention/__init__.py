@@ -5,6 +5,7 @@ The method: "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-con
 """
 
 from . import cpu as _cpu  # registers the backends of this package
+from . import cuda as _cuda
 from . import reference as _reference
 from .attention import AttentionResult, attend
 from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
@@ -16,7 +17,7 @@ from .select import Selection
 from .state import LayerState
 from .statistics import AttentionStatistics
 
-del _cpu, _reference
+del _cpu, _cuda, _reference
 
 __all__ = [
     "DEFAULT_TAU",

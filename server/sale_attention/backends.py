@@ -126,7 +126,7 @@ def get_backend(name: str, device: torch.device | None = None) -> AttentionBacke
         ValueError: for an unknown name, listing the known ones.
     """
     if name == AUTO:
-        name = "cpu" if device is None or device.type == "cpu" else "reference"
+        name = {"cpu": "cpu", "cuda": "cuda"}.get("cpu" if device is None else device.type, "reference")
     try:
         return _REGISTRY[name]
     except KeyError:

@@ -28,9 +28,10 @@ class BuildPlan:
     Attributes:
         name: of the library, an identifier.
         sources: files to compile, relative to `source_root`.
-        source_root: folder whose files all count as sources for the cache key.
-        include_dirs: relative to `source_root`.
-        compile_flags: for every source.
+        source_root: folder that they are in.
+        include_dirs: relative to `source_root`; every file below them, and below the sources' folders, enters the key.
+        compile_flags: for C++ sources.
+        cuda_flags: for CUDA sources, the target architecture among them.
         link_flags: for the link step.
     """
 
@@ -39,6 +40,7 @@ class BuildPlan:
     source_root: Path
     include_dirs: tuple[str, ...] = ()
     compile_flags: tuple[str, ...] = ()
+    cuda_flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ()
 
 
@@ -106,11 +108,20 @@ def _cache_key(plan: BuildPlan, compiler: str) -> str:
     version = subprocess.run(
         [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
     )
-    for part in (plan.name, *plan.sources, *plan.include_dirs, *plan.compile_flags, *plan.link_flags, version.stdout):
+    for part in (
+        plan.name,
+        *plan.sources,
+        *plan.include_dirs,
+        *plan.compile_flags,
+        *plan.cuda_flags,
+        *plan.link_flags,
+        version.stdout,
+    ):
         digest.update(part.encode() + b"\0")
-    for file in sorted(plan.source_root.rglob("*")):
-        if file.is_file():
-            digest.update(str(file.relative_to(plan.source_root)).encode() + b"\0" + file.read_bytes())
+    folders = {plan.source_root / name for name in plan.include_dirs}
+    folders |= {(plan.source_root / source).parent for source in plan.sources}
+    for file in sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()}):
+        digest.update(str(file.relative_to(plan.source_root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -150,6 +161,7 @@ def _run_ninja(plan: BuildPlan, folder: Path, compiler: str) -> None:
             sources=[str(plan.source_root / source) for source in plan.sources],
             extra_include_paths=[str(plan.source_root / folder) for folder in plan.include_dirs],
             extra_cflags=list(plan.compile_flags),
+            extra_cuda_cflags=list(plan.cuda_flags),
             extra_ldflags=list(plan.link_flags),
             build_directory=str(folder),
             is_python_module=False,

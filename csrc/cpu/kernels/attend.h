@@ -5,8 +5,10 @@
 // interleaved in pairs. Scores are taken a block at a time; products with values wait until kPendingKeys are there, so
 // that the accumulator, [value_dim][row] in memory, is loaded and stored once per batch.
 //
-// The running maximum moves only when a row exceeds it by kSlack (in powers of two): probabilities up to 2^8 lose
-// nothing in bfloat16 or float32, and rescaling the accumulator becomes rare.
+// The running maximum moves only when a row exceeds it by kSlack (in powers of two), so that rescaling the accumulator
+// is rare. Rows are divided by the sum of the probabilities as bfloat16 rounded them: a weight that stands alone is then
+// exactly 1, as it is with an exact maximum. The log-sum-exp has a sum of its own, unrounded. Both are taken block by
+// block, which keeps float32 sums of many thousand equal terms right.
 //
 // Scratch of a worker at head_dim 128, bf16: query panel 16 KiB, scores 8, probabilities 16, values 34, accumulator 32.
 #pragma once
@@ -77,6 +79,7 @@ struct Attend {
     int32_t* list;
     float maximum[kTileRows];  // in powers of two
     float total[kTileRows];
+    float divisor[kTileRows];
     int pending = 0;  // keys whose products with values wait
     bool fresh = true;
   };
@@ -142,6 +145,7 @@ struct Attend {
     load_query(call, batch, head, begin, rows, lanes, space);
     std::fill(space.maximum, space.maximum + kTileRows, kNoMaximum);
     std::fill(space.total, space.total + kTileRows, 0.0f);
+    std::fill(space.divisor, space.divisor + kTileRows, 0.0f);
     const int64_t count = list_blocks(call, blocks, task.unit, task.tile, space.list);
     const int64_t first_position = blocks.offset + begin;
     for (int64_t i = 0; i < count; ++i) {
@@ -250,6 +254,7 @@ struct Attend {
       const F factor = exp2<S, false>(S::sub(old, now));
       S::store(space.maximum + lane, now);
       S::store(space.total + lane, S::mul(S::load(space.total + lane), factor));
+      S::store(space.divisor + lane, S::mul(S::load(space.divisor + lane), factor));
       if (space.fresh) continue;
       for (int64_t c = 0; c < call.grid.value_dim; ++c) {
         float* at = space.sums + c * kTileRows + lane;
@@ -263,19 +268,22 @@ struct Attend {
     uint32_t* out = space.probabilities + space.pending / kKeysPerValue * kTileRows;
     for (int lane = 0; lane < lanes; lane += kLanes) {
       const F shift = S::sub(S::zero(), S::load(space.maximum + lane));
-      F total = S::load(space.total + lane);
+      F total = S::zero(), divisor = S::zero();
       for (int key = 0; key < kKeyBlock; key += kKeysPerValue) {
         const F first = exp2<S, kBf16>(S::fma(S::load(space.scores + key * kTileRows + lane), scale, shift));
         total = S::add(total, first);
         if constexpr (kBf16) {
           const F second = exp2<S, kBf16>(S::fma(S::load(space.scores + (key + 1) * kTileRows + lane), scale, shift));
           total = S::add(total, second);
-          S::store_i(out + key / 2 * kTileRows + lane, S::pair_bf16(first, second));
+          const typename S::I pair = S::pair_bf16(first, second);
+          divisor = S::dot_bf16(divisor, pair, S::set1_i(0x3f803f80));  // ones
+          S::store_i(out + key / 2 * kTileRows + lane, pair);
         } else {
           S::store(reinterpret_cast<float*>(out) + key * kTileRows + lane, first);
         }
       }
-      S::store(space.total + lane, total);
+      S::store(space.total + lane, S::add(S::load(space.total + lane), total));
+      S::store(space.divisor + lane, S::add(S::load(space.divisor + lane), kBf16 ? divisor : total));
     }
   }
 
@@ -329,7 +337,7 @@ struct Attend {
                          Workspace& space) {
     const int64_t dim = call.grid.value_dim, stride = dim + 16;
     for (int lane = 0; lane < lanes; lane += kLanes) {
-      const F inverse = S::div(S::set1(1.0f), S::load(space.total + lane));
+      const F inverse = S::div(S::set1(1.0f), S::load(space.divisor + lane));
       for (int64_t c = 0; c < dim; ++c) {
         float* at = space.sums + c * kTileRows + lane;
         S::store(at, S::mul(S::load(at), inverse));

@@ -21,7 +21,8 @@ struct SaleTokens {
   int64_t head_stride;
   int64_t token_stride;
   const int64_t* page_table;
-  int64_t page_table_stride;
+  int64_t page_table_stride;  // between batch rows
+  int64_t page_table_step;    // between pages of a row
   int64_t page_tokens;
   int32_t dtype;
 };

@@ -22,6 +22,7 @@ class Tokens(ctypes.Structure):
         ("token_stride", c_int64),
         ("page_table", c_void_p),
         ("page_table_stride", c_int64),
+        ("page_table_step", c_int64),
         ("page_tokens", c_int64),
         ("dtype", c_int32),
     ]
@@ -30,7 +31,9 @@ class Tokens(ctypes.Structure):
     def of(cls, tensor: Tensor, page_table: Tensor | None) -> Tokens:
         """`[B, Hkv, tokens, ...]` or, with a page table, `[pages, Hkv, page_tokens, ...]`."""
         batch_stride, head_stride, token_stride = tensor.stride()[:3]
-        table = (None, 0, 0) if page_table is None else (page_table.data_ptr(), page_table.stride(0), tensor.shape[2])
+        table: tuple[int | None, ...] = (None, 0, 0, 0)
+        if page_table is not None:
+            table = (page_table.data_ptr(), *page_table.stride(), tensor.shape[2])
         return cls(tensor.data_ptr(), batch_stride, head_stride, token_stride, *table, DTYPES[tensor.dtype])
 
 

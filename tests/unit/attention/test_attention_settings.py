@@ -93,7 +93,11 @@ def test_attend_refuses_what_does_not_fit() -> None:
         ("they must agree", query.float(), {}),
         ("the policy has 3 heads, the query 2", query, {"policy": LayerPolicy.uniform(3)}),
         ("window=0 must be at least 1", query, {"window": 0}),
-        ("no attention backend named 'cudnn'; available: auto, reference, dense, cpu", query, {"backend": "cudnn"}),
+        (
+            "no attention backend named 'cudnn'; available: auto, reference, dense, cpu, cuda",
+            query,
+            {"backend": "cudnn"},
+        ),
     ]
     for message, bad_query, arguments in cases:
         with pytest.raises(ValueError, match=message):
@@ -116,7 +120,7 @@ def test_a_calibrated_centre_replaces_the_prompts_mean() -> None:
 
 
 def test_backends_register_by_name_once() -> None:
-    assert available_backends()[:3] == ("reference", "dense", "cpu")
+    assert available_backends()[:4] == ("reference", "dense", "cpu", "cuda")
     with pytest.raises(ValueError, match="'reference' is registered already"):
         register_backend(get_backend("reference"))
 

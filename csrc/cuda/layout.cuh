@@ -1,0 +1,79 @@
+// Where blocks and tokens lie (`geometry.py`, `kv_view.py`), and tensor maps over keys, values and codes.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "sale_prefill/cuda_api.h"
+
+namespace sale::cuda {
+
+constexpr int kKeyBlock = 32;
+
+struct Blocks {
+  __host__ __device__ explicit Blocks(const SaleCudaGrid& grid)
+      : offset(grid.offset),
+        tokens(grid.offset + grid.rows),
+        query_block(grid.query_block),
+        sink_blocks(grid.sink_blocks),
+        local_tokens(grid.local_tokens),
+        first_query_block(static_cast<int>(grid.offset / grid.query_block)) {}
+
+  __host__ __device__ int query_blocks() const {
+    return static_cast<int>((tokens + query_block - 1) / query_block) - first_query_block;
+  }
+  // Absolute position where the index-th touched query block starts.
+  __host__ __device__ int64_t start(int index) const {
+    return static_cast<int64_t>(first_query_block + index) * query_block;
+  }
+  __host__ __device__ int64_t end(int index) const {
+    const int64_t whole = start(index) + query_block;
+    return whole < tokens ? whole : tokens;
+  }
+  __host__ __device__ int local_start(int index) const {
+    const int64_t position = start(index) - local_tokens;
+    return position > 0 ? static_cast<int>(position / kKeyBlock) : 0;
+  }
+  // Key blocks [sink_blocks, selectable_end) are for the selection.
+  __host__ __device__ int selectable_end(int index) const {
+    const int local = local_start(index);
+    return local > sink_blocks ? local : sink_blocks;
+  }
+  __host__ __device__ int causal_end(int index) const {
+    return static_cast<int>((end(index) + kKeyBlock - 1) / kKeyBlock);
+  }
+
+  int64_t offset, tokens;
+  int query_block, sink_blocks, local_tokens, first_query_block;
+};
+
+struct Place {
+  int64_t unit, token;
+};
+
+// The unit of a token, and the token's index within it; 32 tokens from a multiple of 32 on share a unit.
+__device__ __forceinline__ Place place_of(const SaleCudaTokens& tokens, int batch, int64_t token) {
+  if (tokens.page_table == nullptr) return {batch, token};
+  const int64_t page = token / tokens.unit_tokens;
+  return {tokens.page_table[batch * tokens.page_table_stride + page * tokens.page_table_step], token - page * tokens.unit_tokens};
+}
+
+template <class T>
+__device__ __forceinline__ T* token_at(const SaleCudaTokens& tokens, int batch, int head, int64_t token) {
+  const Place place = place_of(tokens, batch, token);
+  return static_cast<T*>(tokens.data) + place.unit * tokens.unit_stride + head * tokens.head_stride +
+         place.token * tokens.token_stride;
+}
+
+template <class T>
+__device__ __forceinline__ T* row_at(const SaleCudaRows& rows, int batch, int head, int64_t row) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride + row * rows.row_stride;
+}
+
+// A map of boxes of `box_columns` elements by `box_tokens` tokens. Returns 0, or -1 - CUresult.
+int make_tensor_map(CUtensorMap* map, const SaleCudaTokens& tokens, CUtensorMapDataType type, int element_bytes,
+                    int columns, int heads, int box_columns, int box_tokens, CUtensorMapSwizzle swizzle);
+
+}  // namespace sale::cuda

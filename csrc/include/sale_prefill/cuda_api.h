@@ -1,0 +1,108 @@
+// The C interface of the CUDA kernels: plain structs over device pointers and strides, called from Python through ctypes.
+// `server/sale_attention/cuda/abi.py` mirrors it field by field; change both, and SALE_CUDA_ABI, together.
+#pragma once
+
+#include <cstdint>
+
+#define SALE_CUDA_ABI 1
+
+extern "C" {
+
+// Keys, values or codes: [unit, head, token, element], where a unit is a batch row or, with a page table, a page.
+// Strides count elements; elements of a token are contiguous.
+struct SaleCudaTokens {
+  void* data;
+  int64_t unit_stride;
+  int64_t head_stride;
+  int64_t token_stride;
+  int64_t units;              // batch rows or pages there are
+  int64_t unit_tokens;        // tokens of a unit: all in use, or of a page
+  const int64_t* page_table;  // [batch, pages], null: contiguous
+  int64_t page_table_stride;  // between batch rows
+  int64_t page_table_step;    // between pages of a row
+};
+
+// Query or output rows [batch, head, row, element].
+struct SaleCudaRows {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+// Blocks of one call, as `BlockGrid` describes them; row i stands at absolute position offset + i.
+struct SaleCudaGrid {
+  int32_t batch;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int64_t rows;
+  int64_t offset;
+  int32_t query_block;
+  int32_t sink_blocks;
+  int32_t local_tokens;
+  int32_t multiprocessors;
+};
+
+struct SaleCudaQuantiseQuery {
+  SaleCudaGrid grid;
+  SaleCudaRows query;  // bf16
+  int8_t* codes;       // [batch, heads, rows, head_dim]
+  float* scales;       // [batch, heads, rows]
+};
+
+struct SaleCudaQuantiseKey {
+  SaleCudaGrid grid;
+  SaleCudaTokens keys;   // bf16
+  SaleCudaTokens codes;  // int8
+  SaleCudaTokens scales; // float32, one "token" a 32-key block
+  const float* centre;   // [batch, kv_heads, head_dim]
+  int64_t start;         // first token, a multiple of 32
+};
+
+struct SaleCudaSinkLocal {
+  SaleCudaGrid grid;
+  SaleCudaRows query;
+  SaleCudaTokens keys;
+  const float* centre;
+  float* lse;  // [batch, heads, rows]
+  float scale;
+};
+
+struct SaleCudaSelect {
+  SaleCudaGrid grid;
+  const int8_t* query_codes;
+  SaleCudaTokens key_codes;
+  SaleCudaTokens key_scales;
+  const float* thresholds;
+  const int32_t* strides;  // host, [heads]; 0: this head selects nothing
+  int64_t unstrided_from;
+  uint32_t* words;  // [batch, heads, query blocks, mask_words], zero on entry
+  int64_t mask_words;
+};
+
+struct SaleCudaAttend {
+  SaleCudaGrid grid;
+  SaleCudaRows query;
+  SaleCudaTokens keys;
+  SaleCudaTokens values;
+  const uint32_t* words;  // null: every block that causality allows
+  int64_t mask_words;
+  const uint8_t* skip_heads;  // device, [heads]; null: none
+  SaleCudaRows output;
+  float* lse;  // null: not wanted
+  int64_t lse_batch_stride;
+  int64_t lse_head_stride;
+  float scale;
+  int32_t* next_work;  // device, zero on entry
+};
+
+int32_t sale_cuda_abi();
+// Each returns a cudaError_t, or -1 - CUresult where a tensor map could not be made; nothing waits for the device.
+int32_t sale_cuda_quantise_query(const SaleCudaQuantiseQuery* call, void* stream);
+int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
+int32_t sale_cuda_sink_local(const SaleCudaSinkLocal* call, void* stream);
+int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);
+int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream);
+
+}  // extern "C"

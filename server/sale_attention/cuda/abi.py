@@ -1,0 +1,151 @@
+"""ctypes mirror of `csrc/include/sale_prefill/cuda_api.h`, field by field; change both, and `ABI`, together."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+
+from torch import Tensor
+
+ABI = 1
+
+
+class Tokens(ctypes.Structure):
+    """SaleCudaTokens: keys, values or codes, contiguous or paged."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("unit_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("units", c_int64),
+        ("unit_tokens", c_int64),
+        ("page_table", c_void_p),
+        ("page_table_stride", c_int64),
+        ("page_table_step", c_int64),
+    ]
+
+    @classmethod
+    def of(cls, tensor: Tensor, page_table: Tensor | None, tokens: int) -> Tokens:
+        """`[B, Hkv, >= tokens, ...]`, or with a page table `[pages, Hkv, page_tokens, ...]`."""
+        strides = tensor.stride()[:3]
+        if page_table is None:
+            return cls(tensor.data_ptr(), *strides, tensor.shape[0], tokens, None, 0, 0)
+        return cls(
+            tensor.data_ptr(),
+            *strides,
+            tensor.shape[0],
+            tensor.shape[2],
+            page_table.data_ptr(),
+            *page_table.stride(),
+        )
+
+
+class Rows(ctypes.Structure):
+    """SaleCudaRows: query or output `[B, H, Nq, d]`."""
+
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("row_stride", c_int64)]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        """`[B, H, Nq, d]` with a contiguous last dimension."""
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class Grid(ctypes.Structure):
+    """SaleCudaGrid."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("rows", "offset")),
+        *((name, c_int32) for name in ("query_block", "sink_blocks", "local_tokens", "multiprocessors")),
+    ]
+
+
+class QuantiseQuery(ctypes.Structure):
+    """SaleCudaQuantiseQuery."""
+
+    _fields_ = [("grid", Grid), ("query", Rows), ("codes", c_void_p), ("scales", c_void_p)]
+
+
+class QuantiseKey(ctypes.Structure):
+    """SaleCudaQuantiseKey."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("keys", Tokens),
+        ("codes", Tokens),
+        ("scales", Tokens),
+        ("centre", c_void_p),
+        ("start", c_int64),
+    ]
+
+
+class SinkLocal(ctypes.Structure):
+    """SaleCudaSinkLocal."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query", Rows),
+        ("keys", Tokens),
+        ("centre", c_void_p),
+        ("lse", c_void_p),
+        ("scale", c_float),
+    ]
+
+
+class Select(ctypes.Structure):
+    """SaleCudaSelect."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query_codes", c_void_p),
+        ("key_codes", Tokens),
+        ("key_scales", Tokens),
+        ("thresholds", c_void_p),
+        ("strides", POINTER(c_int32)),
+        ("unstrided_from", c_int64),
+        ("words", c_void_p),
+        ("mask_words", c_int64),
+    ]
+
+
+class Attend(ctypes.Structure):
+    """SaleCudaAttend."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query", Rows),
+        ("keys", Tokens),
+        ("values", Tokens),
+        ("words", c_void_p),
+        ("mask_words", c_int64),
+        ("skip_heads", c_void_p),
+        ("output", Rows),
+        ("lse", c_void_p),
+        ("lse_batch_stride", c_int64),
+        ("lse_head_stride", c_int64),
+        ("scale", c_float),
+        ("next_work", c_void_p),
+    ]
+
+
+CALLS: dict[str, type[ctypes.Structure]] = {
+    "quantise_query": QuantiseQuery,
+    "quantise_key": QuantiseKey,
+    "sink_local": SinkLocal,
+    "select": Select,
+    "attend": Attend,
+}
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Gives the library's functions their types.
+
+    Raises:
+        RuntimeError: the library was built from another version of the header.
+    """
+    if library.sale_cuda_abi() != ABI:
+        raise RuntimeError(f"the kernel library speaks ABI {library.sale_cuda_abi()}, this package {ABI}")
+    for name, structure in CALLS.items():
+        getattr(library, f"sale_cuda_{name}").argtypes = [POINTER(structure), c_void_p]

@@ -1,0 +1,206 @@
+"""SALE on NVIDIA GPUs by native kernels; what they do not cover runs on the reference, with the same results."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from sale_attention.backends import register_backend
+from sale_attention.config import HeadPlan, SaleConfig
+from sale_attention.cuda import abi, library
+from sale_attention.geometry import BlockGrid
+from sale_attention.jit import KernelBuildError
+from sale_attention.kv_view import KvView
+from sale_attention.quantise import KeyCodes, QueryCodes
+from sale_attention.reference import ReferenceBackend
+from sale_attention.select import Selection
+
+logger = logging.getLogger(__name__)
+
+_HEAD_DIMS = (64, 128)
+_MOST_HEADS = 512
+
+
+@functools.cache
+def _library_for(device: torch.device) -> ctypes.CDLL | None:
+    try:
+        return library.load_library(torch.cuda.get_device_capability(device))
+    except KernelBuildError as error:
+        logger.warning("no native CUDA kernels on %s, so the slow torch reference computes: %s", device, error)
+        return None
+
+
+class CudaBackend(ReferenceBackend):
+    """Kernels for Hopper (sm_90a): bfloat16, head_dim 64 or 128, 8-bit codes, contiguous or paged.
+
+    The reference serves everything else: other GPUs, dtypes and head sizes, 4-bit codes, and machines without nvcc
+    (said once, in the log). Nothing here makes the host wait for the device.
+    """
+
+    name = "cuda"
+
+    @property
+    def description(self) -> str:
+        """The backend and its target, such as "cuda-sm90a"; "reference" where kernels could not be built."""
+        if not torch.cuda.is_available() or _library_for(torch.device("cuda", torch.cuda.current_device())) is None:
+            return "reference"
+        return f"cuda-sm{library.ARCHITECTURES[torch.cuda.get_device_capability()]}"
+
+    def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
+        covered = sample.is_cuda and dtype == torch.bfloat16 and head_dim in _HEAD_DIMS and value_dim == head_dim
+        return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None
+
+    def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
+        """See `quantise.quantise_query`."""
+        native = self._native(query, query.shape[3], query.shape[3], query.dtype)
+        if native is None or config.code_bits != 8:
+            return super().quantise_query(query, grid, config)
+        query = _aligned(query)
+        codes = torch.empty(query.shape, dtype=torch.int8, device=query.device)
+        scales = torch.empty(query.shape[:3], device=query.device)
+        call = abi.QuantiseQuery(_grid(query, grid), abi.Rows.of(query), codes.data_ptr(), scales.data_ptr())
+        library.call(native, "quantise_query", call, query.device)
+        return QueryCodes(codes, scales)
+
+    def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
+        """See `quantise.quantise_key_range`."""
+        native = self._native(kv.keys, kv.head_dim, kv.head_dim, kv.dtype)
+        if native is None or config.code_bits != 8:
+            super().quantise_key_range(kv, config, start, out)
+            return
+        keys, centre = _aligned(kv.keys), out.centre.contiguous()
+        grid = abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0)
+        tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
+        call = abi.QuantiseKey(grid, tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
+        library.call(native, "quantise_key", call, kv.device)
+
+    def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
+        """See `sink_local.sink_local_log_sum_exp`."""
+        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype)
+        if native is None:
+            return super().sink_local_lse(query, kv, centre, grid, scale)
+        query, keys, centre = _aligned(query), _aligned(kv.keys), centre.contiguous()
+        lse = torch.empty(query.shape[:3], device=query.device)
+        call = abi.SinkLocal(
+            _grid(query, grid, kv),
+            abi.Rows.of(query),
+            abi.Tokens.of(keys, kv.page_table, kv.tokens),
+            centre.data_ptr(),
+            lse.data_ptr(),
+            scale,
+        )
+        library.call(native, "sink_local", call, query.device)
+        return lse
+
+    def select(
+        self,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        thresholds: Tensor,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        kv: KvView,
+    ) -> Selection:
+        """See `select.select_blocks`."""
+        codes = query_codes.codes.contiguous()
+        batch, heads, _, head_dim = codes.shape
+        native = self._native(codes, head_dim, head_dim, torch.bfloat16)
+        if native is None or query_codes.block_means is not None:
+            return super().select(query_codes, key_codes, thresholds, plan, grid, kv)
+        thresholds = thresholds.contiguous()
+        words = torch.zeros(batch, heads, grid.query_blocks, grid.mask_words, dtype=torch.int32, device=codes.device)
+        call = abi.Select(
+            _grid(codes, grid, kv),
+            codes.data_ptr(),
+            *_code_tokens(key_codes, kv.tokens),
+            thresholds.data_ptr(),
+            (ctypes.c_int32 * heads)(*plan.strides),
+            plan.unstrided_from,
+            words.data_ptr(),
+            grid.mask_words,
+        )
+        library.call(native, "select", call, codes.device)
+        return Selection(words, grid.key_blocks)
+
+    def compute(
+        self,
+        query: Tensor,
+        kv: KvView,
+        selection: Selection,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        scale: float,
+        output: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `compute.compute_selected`."""
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        if native is None:
+            super().compute(query, kv, selection, plan, grid, scale, output, lse)
+            return
+        query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
+        words = selection.words.contiguous()
+        skip = _flags(plan.dense, query.device) if any(plan.dense) else None
+        counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+        call = abi.Attend(
+            _grid(query, grid, kv),
+            abi.Rows.of(query),
+            abi.Tokens.of(keys, kv.page_table, kv.tokens),
+            abi.Tokens.of(values, kv.page_table, kv.tokens),
+            words.data_ptr(),
+            grid.mask_words,
+            None if skip is None else skip.data_ptr(),
+            abi.Rows.of(output),
+            lse.data_ptr(),
+            *lse.stride()[:2],
+            scale,
+            counter.data_ptr(),
+        )
+        library.call(native, "attend", call, query.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """uint8 `[H]` on the device, copied once: a copy from the host in every layer would make it wait."""
+    return torch.tensor(values, dtype=torch.uint8, device=device)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where the copy engine cannot read it: 16-byte strides and start, contiguous elements."""
+    unit = 16 // tensor.element_size()
+    fits = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
+    return tensor if fits and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
+
+
+def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
+    batch, heads, rows, head_dim = query.shape
+    return abi.Grid(
+        batch,
+        heads,
+        heads if kv is None else kv.kv_heads,
+        head_dim,
+        rows,
+        grid.offset,
+        grid.query_block,
+        grid.sink_blocks,
+        grid.local_tokens,
+        _multiprocessors(query.device),
+    )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _code_tokens(codes: KeyCodes, tokens: int) -> tuple[abi.Tokens, abi.Tokens]:
+    # A scale is one "token" of one element a block, so its own page table counts blocks.
+    scales = abi.Tokens.of(codes.scales.unsqueeze(3), codes.page_table, -(-tokens // 32))
+    return abi.Tokens.of(codes.codes, codes.page_table, tokens), scales
+
+
+register_backend(CudaBackend())
