@@ -79,6 +79,15 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+// The same value in every lane, and known to the compiler to be so: it can then live in uniform registers.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// `descriptor` moved on by `bytes`, a multiple of 16 that stays within shared memory: an addition to its lower half.
+__device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4), high = static_cast<uint32_t>(descriptor >> 32);
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
 // A shared-memory matrix. `leading` and `stride` in bytes; swizzle 1: 128 bytes, 2: 64 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride, int swizzle) {
   return static_cast<uint64_t>((shared_address(start) & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |

@@ -140,14 +140,17 @@ __global__ void __launch_bounds__(32 * kHeadWarps * kHeads, 4 / kHeads) sink_loc
     for (int i = 0; i < count; ++i) {
       float scores[4][4] = {};
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
+      for (int step = 0; step < kDim / 16; step += 2) {
+        uint32_t b[4][4];
 #pragma unroll
-        for (int step = 0; step < kDim / 16; step += 2) {
-          uint32_t b[4];
-          load_matrices(b, &keys[i * kKeyBlock + n * 8 + lane % 8][step * 16 + lane / 8 * 8]);
-          multiply(scores[n], query[step], b[0], b[1]);
-          multiply(scores[n], query[step + 1], b[2], b[3]);
-        }
+        for (int n = 0; n < 4; ++n)
+          load_matrices(b[n], &keys[i * kKeyBlock + n * 8 + lane % 8][step * 16 + lane / 8 * 8]);
+        // Four sums side by side: one product's latency hides behind the others.
+#pragma unroll
+        for (int n = 0; n < 4; ++n) multiply(scores[n], query[step], b[n][0], b[n][1]);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) multiply(scores[n], query[step + 1], b[n][2], b[n][3]);
+      }
       const int64_t key = int64_t{window.block(chunk + i)} * kKeyBlock + lane % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

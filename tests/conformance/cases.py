@@ -102,7 +102,7 @@ _DIMS = (64, 96, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 #: Query heads per KV head by head_dim, in batches of two.
 HEADS = [
-    Case(130, 301, 2 * group, 2, dim, batch=2, dtype=_DTYPES[index % 3], seed=index)
+    Case(97, 301, 2 * group, 2, dim, batch=2, dtype=_DTYPES[index % 3], seed=index)
     for index, (group, dim) in enumerate(zip(_GROUPS, _DIMS, strict=True))
 ]
 ALL_HEADS = [
@@ -208,8 +208,8 @@ CHUNKS_SLOW = [
 ]
 
 THREADS = [
-    Case(300, 200, 6, 2, 64, tau=(0.0, TAU, math.inf, TAU), batch=2),
-    Case(259, 301, 2, 2, 128, dtype=torch.float32, page_tokens=64, code_page_tokens=64),
+    Case(130, 200, 6, 2, 64, tau=(0.0, TAU, math.inf, TAU), batch=2),
+    Case(97, 205, 2, 2, 128, dtype=torch.float32, page_tokens=64, code_page_tokens=64),
 ]
 
 RAGGED = [

@@ -171,6 +171,7 @@ class Problem:
         self.centre = default_key_centre(self.kv, case.config) if inputs.centre is None else inputs.centre
         if case.config.code_bits == 4:
             self.centre = (self.centre * 8).round() / 8
+        self._attention: dict[bytes, Attention] = {}
 
     @cached_property
     def query_codes(self) -> QueryCodes:
@@ -216,7 +217,13 @@ class Problem:
         return self.attention(causal_mask(self.case).expand(shape))
 
     def attention(self, mask: Tensor) -> Attention:
-        """Attention under a mask bool `[B, H, Nq, Nk]`."""
+        """Attention under a mask bool `[B, H, Nq, Nk]`; kept, since most backends select the same."""
+        key = mask.numpy().tobytes()
+        if key not in self._attention:
+            self._attention[key] = self._attention_under(mask)
+        return self._attention[key]
+
+    def _attention_under(self, mask: Tensor) -> Attention:
         exact, exact_lse = exact_attention(self.query, self.kv, mask, self.scale)
         group = self.case.heads // self.case.kv_heads
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (self.kv.keys, self.kv.values))

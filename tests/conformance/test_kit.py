@@ -467,7 +467,7 @@ PLANTED = [
     Planted(DependsOnTheCall, kit.check_chunks, cases.CHUNKS[0], r"chunks of 128 with state: .* outputs differ"),
     Planted(ContinuesWrongly, kit.check_chunks, cases.CHUNKS[0], r"chunks of 128 with state.* differ"),
     Planted(ContinuesWrongly, kit.check_appends, cases.CHUNKS[0], r"calls ending at \[1, 2, 33.* differ"),
-    Planted(DependsOnThreads, kit.check_threads, cases.THREADS[0], r"2 threads: .* outputs differ"),
+    Planted(DependsOnThreads, kit.check_threads, Case(128, 192, 2, 1), r"2 threads: .* outputs differ"),
     Planted(SeesNeighbours, kit.check_ragged_batch, cases.RAGGED, r"sequence 0 of 4 in one pool: .*outputs differ"),
     Planted(QuantisesWholeBlocks, kit.check_ragged_batch, cases.RAGGED, r"in one pool"),
     Planted(HidesNonFinite, kit.check_non_finite_keys, cases.NON_FINITE[0], r"finite outputs differ"),

@@ -42,13 +42,16 @@ struct Launch {
 struct Item {
   int batch, head, kv_head, index;
 
-  // Longest rows first; the heads of a KV head side by side, since they read the same keys.
+  // KV head by KV head, so that what is read at a time fits the L2 cache; in each, the longest rows first.
   __device__ __forceinline__ Item(const SaleCudaGrid& grid, int query_blocks, int number) {
-    head = number % grid.heads;
-    number /= grid.heads;
-    batch = number % grid.batch;
-    index = query_blocks - 1 - number / grid.batch;
-    kv_head = head / (grid.heads / grid.kv_heads);
+    const int group = grid.heads / grid.kv_heads;
+    const int member = number % group;
+    number /= group;
+    index = query_blocks - 1 - number % query_blocks;
+    number /= query_blocks;
+    kv_head = number % grid.kv_heads;
+    batch = number / grid.kv_heads;
+    head = kv_head * group + member;
   }
 };
 
@@ -110,7 +113,7 @@ struct Producer {
     auto& work = shared.work[turn & 1];
     int number = 0;
     if (lane == 0) {
-      number = take();
+      number = take(blocks);
       barrier_wait(&shared.work_free[turn & 1], (turn >> 1 & 1) ^ 1);
     }
     number = __shfl_sync(0xffffffffu, number, 0);
@@ -123,11 +126,12 @@ struct Producer {
     return number;
   }
 
-  __device__ __forceinline__ int take() const {
+  __device__ __forceinline__ int take(const Blocks& blocks) const {
     for (;;) {
       const int number = atomicAdd(launch.call.next_work, 1);
       const uint8_t* skip = launch.call.skip_heads;
-      if (number >= launch.items || skip == nullptr || skip[number % launch.call.grid.heads] == 0) return number;
+      if (number >= launch.items || skip == nullptr) return number;
+      if (skip[Item(launch.call.grid, blocks.query_blocks(), number).head] == 0) return number;
     }
   }
 
@@ -310,7 +314,7 @@ struct Consumer {
 
   const Launch& launch;
   SharedMemory& shared;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
   const bool leader = threadIdx.x % 32 == 0;  // of the warp
   int stage = 0;       // of the next tile's keys
   uint32_t phase = 0;
@@ -323,7 +327,7 @@ struct Consumer {
     if (kWarpgroups == 2 && warpgroup == 1) named_arrive(2, 256);  // the first turn is warpgroup 0's
     for (uint32_t turn = 0;; ++turn) {
       barrier_wait(&shared.work_full[turn & 1], turn >> 1 & 1);
-      const int number = shared.work[turn & 1].number;
+      const int number = uniform(shared.work[turn & 1].number);
       if (number == kAbsent) return;
       attend(blocks, Item(call.grid, blocks.query_blocks(), number), turn);
     }
@@ -337,23 +341,23 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void scores_of(float (&scores)[64], int at) const {
+    const uint64_t query = matrix_descriptor(shared.query[0][64 * warpgroup], 16, 1024, 1);
+    const uint64_t keys = moved(matrix_descriptor(shared.keys[0], 16, 1024, 1), at * sizeof(shared.keys[0]));
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      const __nv_bfloat16* query = shared.query[step / 4][64 * warpgroup] + step % 4 * 16;
-      const __nv_bfloat16* keys = shared.keys[at][step / 4][0] + step % 4 * 16;
-      wgmma_bf16_n128(scores, matrix_descriptor(query, 16, 1024, 1), matrix_descriptor(keys, 16, 1024, 1), step > 0);
-    }
+    for (int step = 0; step < kDim / 16; ++step)
+      wgmma_bf16_n128(scores, moved(query, step / 4 * sizeof(shared.query[0]) + step % 4 * 32),
+                      moved(keys, step / 4 * sizeof(shared.keys[0][0]) + step % 4 * 32), step > 0);
     wgmma_commit();
   }
 
   __device__ __forceinline__ void add_values(float (&sums)[kDim / 2], const uint32_t (&weights)[kTileKeys / 16][4], int at,
-                             bool add) const {
+                                             bool add) const {
+    const uint64_t values = moved(matrix_descriptor(shared.values[0], kHalfBytes, 1024, 1), at * sizeof(shared.values[0]));
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step)
-      wgmma_bf16_values(sums, weights[step], matrix_descriptor(shared.values[at][0][16 * step], kHalfBytes, 1024, 1),
-                        add || step > 0);
+      wgmma_bf16_values(sums, weights[step], moved(values, step * 16 * 128), add || step > 0);
     wgmma_commit();
   }
 
@@ -395,7 +399,7 @@ struct Consumer {
 
   __device__ __forceinline__ void attend(const Blocks& blocks, const Item& item, uint32_t turn) {
     const SaleCudaAttend& call = launch.call;
-    const int tiles = shared.work[turn & 1].tiles, edge_tiles = shared.work[turn & 1].edge_tiles;
+    const int tiles = uniform(shared.work[turn & 1].tiles), edge_tiles = uniform(shared.work[turn & 1].edge_tiles);
     const int* slots = shared.work[turn & 1].slots;
     const int64_t position = blocks.start(item.index) + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const bool ragged = call.values.page_table != nullptr && blocks.tokens % kKeyBlock != 0;

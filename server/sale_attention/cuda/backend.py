@@ -142,25 +142,48 @@ class CudaBackend(ReferenceBackend):
         if native is None:
             super().compute(query, kv, selection, plan, grid, scale, output, lse)
             return
-        query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
-        words = selection.words.contiguous()
         skip = _flags(plan.dense, query.device) if any(plan.dense) else None
-        counter = torch.zeros(1, dtype=torch.int32, device=query.device)
-        call = abi.Attend(
-            _grid(query, grid, kv),
-            abi.Rows.of(query),
-            abi.Tokens.of(keys, kv.page_table, kv.tokens),
-            abi.Tokens.of(values, kv.page_table, kv.tokens),
-            words.data_ptr(),
-            grid.mask_words,
-            None if skip is None else skip.data_ptr(),
-            abi.Rows.of(output),
-            lse.data_ptr(),
-            *lse.stride()[:2],
-            scale,
-            counter.data_ptr(),
-        )
-        library.call(native, "attend", call, query.device)
+        _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), skip)
+
+    def attend_all(
+        self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
+    ) -> None:
+        """Every causal block through the same kernel: unlike library kernels, it does not depend on chunks."""
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        if native is None:
+            super().attend_all(query, kv, grid, scale, output, lse)
+            return
+        _attend(native, query, kv, grid, scale, output, lse, None, None)
+
+
+def _attend(
+    native: ctypes.CDLL,
+    query: Tensor,
+    kv: KvView,
+    grid: BlockGrid,
+    scale: float,
+    output: Tensor,
+    lse: Tensor | None,
+    words: Tensor | None,
+    skip_heads: Tensor | None,
+) -> None:
+    query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
+    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    call = abi.Attend(
+        _grid(query, grid, kv),
+        abi.Rows.of(query),
+        abi.Tokens.of(keys, kv.page_table, kv.tokens),
+        abi.Tokens.of(values, kv.page_table, kv.tokens),
+        None if words is None else words.data_ptr(),
+        grid.mask_words,
+        None if skip_heads is None else skip_heads.data_ptr(),
+        abi.Rows.of(output),
+        None if lse is None else lse.data_ptr(),
+        *((0, 0) if lse is None else lse.stride()[:2]),
+        scale,
+        counter.data_ptr(),
+    )
+    library.call(native, "attend", call, query.device)
 
 
 @functools.lru_cache(maxsize=256)
