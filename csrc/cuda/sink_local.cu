@@ -70,7 +70,13 @@ __device__ __forceinline__ void load_chunk(const SaleCudaSinkLocal& call, __nv_b
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
 
-// Running log-sum-exp of one row, over this thread's columns.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Running log-sum-exp of one row, over this thread's columns; scores come in powers of two.
 struct LogSumExp {
   float top = -3.0e38f, total = 0.0f;
 
@@ -81,8 +87,8 @@ struct LogSumExp {
     for (int i = 0; i < kCount; ++i) most = fmaxf(most, x[i]);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += __expf(x[i] - most);
-    total = total * __expf(top - most) + sum;
+    for (int i = 0; i < kCount; ++i) sum += exp2_fast(x[i] - most);
+    total = fmaf(total, exp2_fast(top - most), sum);
     top = most;
   }
   __device__ __forceinline__ float of_quad() {
@@ -91,10 +97,10 @@ struct LogSumExp {
       const float other_top = __shfl_xor_sync(0xffffffffu, top, distance);
       const float other_total = __shfl_xor_sync(0xffffffffu, total, distance);
       const float most = fmaxf(top, other_top);
-      total = total * __expf(top - most) + other_total * __expf(other_top - most);
+      total = total * exp2_fast(top - most) + other_total * exp2_fast(other_top - most);
       top = most;
     }
-    return top + logf(total);
+    return (top + log2f(total)) * 0.693147181f;
   }
 };
 
@@ -132,6 +138,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps * kHeads, 4 / kHeads) sink_loc
   }
 
   LogSumExp sums[2];
+  const float scale = call.scale * 1.44269504f;
   for (int chunk = 0; chunk < window.count; chunk += kChunkBlocks) {
     const int count = min(kChunkBlocks, window.count - chunk);
     if (chunk > 0) __syncthreads();
@@ -151,15 +158,18 @@ __global__ void __launch_bounds__(32 * kHeadWarps * kHeads, 4 / kHeads) sink_loc
 #pragma unroll
         for (int n = 0; n < 4; ++n) multiply(scores[n], query[step + 1], b[n][2], b[n][3]);
       }
-      const int64_t key = int64_t{window.block(chunk + i)} * kKeyBlock + lane % 4 * 2;
+      const int64_t block_start = int64_t{window.block(chunk + i)} * kKeyBlock, key = block_start + lane % 4 * 2;
+      const bool crosses = block_start + kKeyBlock > first + warp % kHeadWarps * 16;  // some row of the warp sees not all
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int visible = static_cast<int>(min(position + 8 * half - key, static_cast<int64_t>(64)));
         float x[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float score = (scores[j / 2][2 * half + j % 2] - shift[half]) * call.scale;
-          x[j] = j / 2 * 8 + j % 2 <= visible ? score : -INFINITY;
+        for (int j = 0; j < 8; ++j) x[j] = (scores[j / 2][2 * half + j % 2] - shift[half]) * scale;
+        if (crosses) {
+          const int visible = static_cast<int>(min(position + 8 * half - key, static_cast<int64_t>(64)));
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            if (j / 2 * 8 + j % 2 > visible) x[j] = -INFINITY;
         }
         sums[half].take(x);
       }

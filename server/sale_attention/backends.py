@@ -41,6 +41,8 @@ class AttentionBackend(ABC):
     """
 
     name: str
+    #: Rows that share a list of key blocks where the kernels are at their best; see `SaleConfig.query_block`.
+    query_block: int = 64
 
     @property
     def description(self) -> str:

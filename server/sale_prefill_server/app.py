@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from sale_attention import SaleConfig
+from sale_attention import SaleConfig, get_backend
 from sale_prefill.v1 import (
     kv_transfer_service_pb2,
     kv_transfer_service_pb2_grpc,
@@ -179,11 +179,12 @@ class Server:
         logger.info("loaded %s on %s in %.1f s", model.name, model.device, time.perf_counter() - started)
         model = _with_context_limit(model, config.max_sequence_tokens)
         capacity_bytes = config.kv_memory_bytes or _automatic_kv_bytes(model)
+        geometry = SaleConfig(query_block=get_backend(config.attention_backend, model.device).query_block)
         engine = Engine(
             model,
             KvPool(model.kv_shape, capacity_bytes),
             AttentionSettings(AttentionMode(config.attention), config.threshold, config.query_stride),
-            SaleConfig(dense_rows=config.dense_rows) if config.dense_rows else SaleConfig(),
+            replace(geometry, dense_rows=config.dense_rows) if config.dense_rows else geometry,
             chunk_tokens=config.chunk_tokens,
             attention_backend=config.attention_backend,
             measure_crossover=not config.dense_rows,

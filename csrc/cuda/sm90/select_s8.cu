@@ -32,6 +32,7 @@ struct Launch {
   int stride;  // ...inspected at this stride, of heads whose own stride is head_stride
   int head_stride;
   int box_tokens;
+  int segments;  // pieces of the key range, a CTA each: the last rows of a long prompt would else keep few CTAs for long
   uint8_t strides[kMaxHeads];
 };
 
@@ -45,7 +46,8 @@ struct Shared {
 
 // What a CTA shares: units, row tile by row tile from the last one (which sees most keys), head by head.
 struct Work {
-  int batch, kv_head, group, members, tiles, first_unit, key_tiles;
+  int batch, kv_head, group, members, tiles, first_unit;
+  int first_tile, end_tile;  // of keys
 
   __device__ explicit Work(const Launch& launch) {
     const SaleCudaGrid& grid = launch.call.grid;
@@ -55,14 +57,19 @@ struct Work {
     members = 0;
     for (int i = 0; i < group; ++i) members += launch.strides[kv_head * group + i] == launch.head_stride;
     tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-    first_unit = blockIdx.x * kWarpgroups;
-    key_tiles = 0;
+    first_unit = blockIdx.x / launch.segments * kWarpgroups;
+    first_tile = end_tile = 0;
     if (first_unit >= tiles * members) return;
     const Blocks blocks(grid);
     const int last_row = (tiles - first_unit / members) * kTileRows * launch.stride - 1;
     const int index = launch.first_block + min(last_row / grid.query_block, launch.blocks - 1);
     const int end = blocks.selectable_end(index);
-    if (end > blocks.sink_blocks) key_tiles = (end + kTileBlocks - 1) / kTileBlocks;
+    if (end <= blocks.sink_blocks) return;
+    // Segments are whole mask words.
+    const int key_tiles = (end + kTileBlocks - 1) / kTileBlocks, words = (key_tiles + kWordTiles - 1) / kWordTiles;
+    const int each = (words + launch.segments - 1) / launch.segments * kWordTiles;
+    first_tile = blockIdx.x % launch.segments * each;
+    end_tile = min(first_tile + each, key_tiles);
   }
   __device__ int head(const Launch& launch, int unit) const {
     int left = unit % members;
@@ -83,11 +90,11 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
     const int block = min(tile * kTileBlocks + lane, last);
     return lane < kTileBlocks ? *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, block) : 0.0f;
   };
-  float scale = scale_of(0);
-  for (int tile = 0; tile < work.key_tiles; ++tile) {
-    const int stage = tile % kStages;
+  float scale = scale_of(work.first_tile);
+  for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
+    const int turn = tile - work.first_tile, stage = turn % kStages;
     const float next_scale = scale_of(tile + 1);
-    barrier_wait(&shared.empty[stage], (tile / kStages & 1) ^ 1);
+    barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
     if (lane < kTileBlocks) shared.scales[stage][lane] = scale;
     __syncwarp();
     if (lane == 0) {
@@ -178,10 +185,10 @@ __device__ __forceinline__ void consume(const Launch& launch, const Work& work, 
   constexpr int kSwizzle = kDim == 128 ? 1 : 2;
   const uint64_t first_keys = matrix_descriptor(shared.keys[0], 16, 8 * kDim, kSwizzle);
   uint32_t word = 0;
-  for (int tile = 0; tile < work.key_tiles; ++tile) {
-    const int stage = tile % kStages;
+  for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
+    const int turn = tile - work.first_tile, stage = turn % kStages;
     int32_t sums[64];
-    barrier_wait(&shared.full[stage], tile / kStages & 1);
+    barrier_wait(&shared.full[stage], turn / kStages & 1);
     // Descriptors count 16-byte units.
     const uint64_t keys = first_keys + stage * (kTileKeys * kDim / 16);
     wgmma_fence();
@@ -190,9 +197,10 @@ __device__ __forceinline__ void consume(const Launch& launch, const Work& work, 
     wgmma_commit();
     const float4 scales = *reinterpret_cast<const float4*>(shared.scales[stage]);
     wgmma_wait<0>();
+    __syncwarp();  // every lane has read the scales
     if (lane == 0) barrier_arrive(&shared.empty[stage]);
     word |= passing(sums, voters.thresholds, scales) << (tile % kWordTiles * kTileBlocks);
-    if (tile % kWordTiles == kWordTiles - 1 || tile == work.key_tiles - 1) {
+    if (tile % kWordTiles == kWordTiles - 1 || tile == work.end_tile - 1) {
       const int first = tile / kWordTiles * 32;
       word &= bits_below(voters.selectable_end - first) & ~bits_below(sink - first);
       if (lane == 0 && word != 0 && voters.words != nullptr) atomicOr(voters.words + tile / kWordTiles, word);
@@ -206,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_s8(const __grid_constant__
   extern __shared__ uint8_t memory[];
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
   const Work work(launch);
-  if (work.key_tiles == 0) return;
+  if (work.first_tile >= work.end_tile) return;
   if (threadIdx.x == 0) {
     prefetch_map(&launch.codes);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -234,8 +242,12 @@ int run(const Launch& launch, int most_members, cudaStream_t stream) {
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   const int tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-  const dim3 ctas((tiles * most_members + kWarpgroups - 1) / kWarpgroups, grid.kv_heads, grid.batch);
-  select_s8<kDim><<<ctas, kThreads, bytes, stream>>>(launch);
+  const int along_rows = (tiles * most_members + kWarpgroups - 1) / kWarpgroups;
+  const int64_t ctas = static_cast<int64_t>(along_rows) * grid.kv_heads * grid.batch;
+  Launch split = launch;
+  split.segments = static_cast<int>((2 * grid.multiprocessors + ctas - 1) / ctas);  // 1 where there are plenty
+  const dim3 blocks(along_rows * split.segments, grid.kv_heads, grid.batch);
+  select_s8<kDim><<<blocks, kThreads, bytes, stream>>>(split);
   return cudaGetLastError();
 }
 

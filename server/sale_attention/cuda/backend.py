@@ -42,6 +42,7 @@ class CudaBackend(ReferenceBackend):
     """
 
     name = "cuda"
+    query_block = 128
 
     @property
     def description(self) -> str:
