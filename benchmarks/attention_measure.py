@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.attention_floor import Ceilings, Floor, attention_work, floor_of, synchronise
 from benchmarks.attention_traces import Trace
 from sale_attention import AttentionStatistics, KvView, LayerPolicy, SaleConfig, attend, get_backend
-from sale_attention.crossover import crossover_position, measured_costs
+from sale_attention.crossover import costs_of, crossover_position
 from sale_attention.dense import dense_attention
 
 #: Rounds are as many as fit these seconds, within the limits: short calls scatter more and cost less.
@@ -184,19 +184,11 @@ def exact_dense(trace: Trace) -> Tensor:
 
 
 def sale_config(trace: Trace, setting: Setting) -> SaleConfig:
-    """The geometry that a server would run this setting with on this machine."""
+    """The geometry that a server would run this setting with."""
     config = SaleConfig()
     if setting.dense_rows:
         return SaleConfig(dense_rows=setting.dense_rows, centre_tokens=min(config.centre_tokens, setting.dense_rows))
-    costs = measured_costs(
-        get_backend(setting.backend),
-        heads=trace.heads,
-        kv_heads=trace.kv.kv_heads,
-        head_dim=trace.head_dim,
-        dtype=trace.query.dtype,
-        device=trace.query.device,
-        config=config,
-    )
+    costs = costs_of(get_backend(setting.backend).description, trace.head_dim)
     return replace(config, dense_rows=crossover_position(costs, setting.tau, setting.stride, config))
 
 

@@ -157,7 +157,7 @@ class LocalModel:
             SaleConfig(),
             chunk_tokens=chunk_tokens,
             attention_backend="auto",
-            measure_crossover=True,
+            crossover=True,
         )
 
     def _sequence(self, engine: Engine, num_tokens: int) -> Sequence:

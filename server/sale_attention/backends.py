@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .config import HeadPlan, LayerPolicy, SaleConfig
-from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes, QueryCodes
@@ -94,16 +93,14 @@ class AttentionBackend(ABC):
         Rows of heads that `plan` calls dense are left as they are. The last dimension of `output` is contiguous.
         """
 
+    @abstractmethod
     def attend_all(
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
     ) -> None:
         """Attention over every key that causality allows: short rows and dense heads of a SALE call.
 
-        Torch's SDPA, and a pass over the scores where `lse` is wanted, unless a backend has a faster way.
+        As everywhere, a row's bits must not depend on the call that it comes in, which library kernels do not promise.
         """
-        output.copy_(dense_attention(query, kv, scale=scale))
-        if lse is not None:
-            lse.copy_(dense_log_sum_exp(query, kv, scale=scale))
 
 
 AUTO = "auto"

@@ -1,30 +1,17 @@
-"""Where sparse attention starts to pay: a cost model fed by a short self-benchmark, cached per machine.
+"""Where sparse attention starts to pay: a cost model over a table of measured costs.
 
 A row at position p costs, dense, `p * dense_pair`; sparse, `row + p * estimate_pair / stride + kept(p) * compute_pair`.
-The costs are measured on this machine; the kept share before anybody calibrated this model is the table below. Rows
-before the crossover take dense attention: a choice by absolute position, fixed for a session's life, so that neither
-chunks nor appends can change a result.
+The kept share, before anybody calibrated this model, is the function below. Rows before the crossover take dense
+attention: a choice by absolute position, fixed for a session's life, so that neither chunks nor appends can change a
+result. The costs are a table and not a measurement at start: what decides is their ratio, which belongs to the kernels
+and hardly to the machine, and a table gives every replica the same answer, however busy it is when it starts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-
-from .backends import AttentionBackend
-from .config import HeadPlan, LayerPolicy, SaleConfig
-from .geometry import BlockGrid
-from .jit import kernel_cache_dir
-from .kv_view import KvView
-from .quantise import default_key_centre, quantise_key
-from .select import Selection
+from .config import SaleConfig
 
 # Kept share, sink and local included, of a query block at position p: 0.515 * (p / 2048) ** -0.6 at tau 0.004 and
 # stride 1. Measured 2026-11-24 on four layers of Qwen2.5-Coder-1.5B (32K of source, 12 heads) and on all heads of
@@ -37,14 +24,11 @@ _KEPT_BY_STRIDE = {1: 1.0, 2: 0.88, 4: 0.77}
 
 _POSITION_STEP = 128
 _LONGEST_POSITION = 1 << 20
-_BENCHMARK_TOKENS = 2048
-_BENCHMARK_ROWS = 512
-_BENCHMARK_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """Seconds on this machine: by pair of one row and one key, and by row, of one query head."""
+    """Seconds by pair of one row and one key, and by row, of one query head, all threads of the machine at work."""
 
     dense_pair_seconds: float
     estimate_pair_seconds: float
@@ -78,119 +62,25 @@ def crossover_position(costs: AttentionCosts, tau: float, query_stride: int, con
     return _LONGEST_POSITION
 
 
-def measured_costs(
-    backend: AttentionBackend,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    config: SaleConfig,
-) -> AttentionCosts:
-    """Costs of `backend` for attention of this shape: read from the machine's cache, else measured and kept there.
+def costs_of(backend: str, head_dim: int) -> AttentionCosts:
+    """Costs of the backend described as `backend`, such as "cpu-avx512", at the nearest measured head_dim, scaled.
 
-    Measuring takes well under a second with native kernels. A cache that cannot be written costs the next start that
-    time again, and nothing else.
+    A backend that nobody measured counts as the reference does.
     """
-    what = [backend.description, _machine(device), torch.get_num_threads(), heads, kv_heads, head_dim, str(dtype)]
-    key = hashlib.sha256(json.dumps([*what, asdict(config)]).encode()).hexdigest()[:20]
-    file = kernel_cache_dir().parent / "costs" / f"{key}.json"
-    try:
-        return AttentionCosts(**json.loads(file.read_text())["costs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        costs = _measure(backend, heads, kv_heads, head_dim, dtype, device, config)
-        _write(file, {"what": what, "costs": asdict(costs)})
-        return costs
+    measured = _COSTS.get(backend, _COSTS["reference"])
+    nearest = min(measured, key=lambda dim: abs(dim - head_dim))
+    scale = head_dim / nearest * 1e-9
+    return AttentionCosts(*(nanoseconds * scale for nanoseconds in measured[nearest]))
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _write(file: Path, content: dict[str, object]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as handle:
-            json.dump(content, handle, indent=1)
-        Path(handle.name).replace(file)
-    except OSError:
-        return
-
-
-def _measure(
-    backend: AttentionBackend,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    config: SaleConfig,
-) -> AttentionCosts:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    query = normal(1, heads, _BENCHMARK_ROWS, head_dim)
-    kv = KvView(normal(1, kv_heads, _BENCHMARK_TOKENS, head_dim), normal(1, kv_heads, _BENCHMARK_TOKENS, head_dim))
-    grid = BlockGrid.of(_BENCHMARK_ROWS, _BENCHMARK_TOKENS, config)
-    plan = HeadPlan.resolve(LayerPolicy.uniform(heads), config, _BENCHMARK_TOKENS)
-    scale = head_dim**-0.5
-    centre = default_key_centre(kv, config)
-    key_codes = quantise_key(kv, centre, config)
-    query_codes = backend.quantise_query(query, grid, config)
-    # Nothing passes an infinite threshold, so no block lets its estimation end early.
-    thresholds = torch.full(query.shape[:3], float("inf"), device=device)
-    kept = Selection(
-        torch.full((1, heads, grid.query_blocks, grid.mask_words), 0x55555555, dtype=torch.int32, device=device),
-        grid.key_blocks,
-    )
-    output, lse = torch.empty_like(query), torch.empty(query.shape[:3], device=device)
-
-    def rows() -> None:
-        backend.quantise_query(query, grid, config)
-        backend.sink_local_lse(query, kv, centre, grid, scale)
-
-    pairs = heads * grid.causal_blocks() * grid.query_block * grid.key_block
-    kept_blocks = _attended_blocks(kept, grid)
-    return AttentionCosts(
-        dense_pair_seconds=_best(lambda: backend.attend_all(query, kv, grid, scale, output, None), device) / pairs,
-        estimate_pair_seconds=_best(lambda: backend.select(query_codes, key_codes, thresholds, plan, grid, kv), device)
-        / pairs,
-        compute_pair_seconds=_best(lambda: backend.compute(query, kv, kept, plan, grid, scale, output, lse), device)
-        / (kept_blocks * grid.query_block * grid.key_block),
-        row_seconds=_best(rows, device) / (heads * _BENCHMARK_ROWS),
-    )
-
-
-def _attended_blocks(kept: Selection, grid: BlockGrid) -> int:
-    """Blocks that `compute` visits for every head, where the selection has bits outside the selectable range too."""
-    total = 0
-    for index in range(grid.query_blocks):
-        start, end = grid.selectable(index)
-        sink_end, local_start, local_end = grid.always_attended(index)
-        chosen = sum(1 for block in range(start, end) if not block % 2)
-        total += kept.words.shape[1] * (sink_end + local_end - local_start + chosen)
-    return total
-
-
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of a few runs after one to warm up."""
-    best = float("inf")
-    work()
-    for _ in range(_BENCHMARK_REPEATS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+# Nanoseconds by backend and head_dim, in the order of AttentionCosts' fields. CPU: two cores of a Zen 4 EPYC, bfloat16,
+# 512 rows at the end of 2048 keys, idle machine, 2026-11-24: `python -m benchmarks.attention_costs` prints such rows.
+# CUDA: one H100, 65,536 tokens, the same day (docs/cuda-kernels.md).
+_COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {
+    "cpu-avx512": {64: (0.719, 0.140, 0.758, 178.5), 128: (1.313, 0.268, 1.358, 312.7)},
+    "cpu-avx512_vnni": {64: (1.312, 0.142, 1.341, 171.7), 128: (2.529, 0.263, 2.557, 318.6)},
+    "cpu-avx2": {64: (1.537, 0.412, 1.560, 221.2), 128: (2.903, 0.833, 2.947, 378.2)},
+    "cpu-portable": {64: (7.353, 14.36, 7.364, 1149.0), 128: (12.29, 29.09, 12.85, 1687.0)},
+    "reference": {64: (2.272, 0.684, 5.179, 818.9), 128: (3.953, 0.854, 7.694, 1137.0)},
+    "cuda-sm90a": {128: (0.000803, 0.000182, 0.000890, 0.72)},
+}

@@ -7,10 +7,11 @@ Measured on 2 cores (Zen 4, torch 2.13, bf16, 9 query / 3 KV heads, head_dim 64,
     prefix without mask + causal chunk, merged by log-sum-exp           0.23 s
 
 The masked pieces are taken although the merge is a tenth faster: their rows equal those of one causal call over the
-whole prompt bit for bit (the merge changes 39 % of the bf16 outputs by a rounding), so dense prefill does not depend on
-the chunking. Decode (`Nq == 1`) goes through SDPA row by row as well. Folding a KV head's query heads into rows of one
-product is six times faster on the CPU (2 against 13 ms a layer at 8K), but sums in another order, and over real text
-that turns exact ties of bf16 logits: greedy tokens would differ from transformers' own (seen at 3000 and 5000 tokens).
+whole prompt but for a few outputs in 100,000 (the merge changes 39 % of the bf16 outputs by a rounding), so that
+greedy tokens do not depend on the chunking. Decode (`Nq == 1`) goes through SDPA row by row as well. Folding a KV
+head's query heads into rows of one product is six times faster on the CPU (2 against 13 ms a layer at 8K), but sums in
+another order, and over real text that turns exact ties of bf16 logits: greedy tokens would differ from transformers'
+own (seen at 3000 and 5000 tokens).
 """
 
 from __future__ import annotations

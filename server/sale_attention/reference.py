@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import compute, quantise, select, sink_local
@@ -62,6 +63,20 @@ class ReferenceBackend(AttentionBackend):
     ) -> None:
         """See `compute.compute_selected`."""
         compute.compute_selected(query, kv.gathered(), selection, plan, grid, scale, output, lse)
+
+    def attend_all(
+        self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
+    ) -> None:
+        """As `compute`, with every block up to the diagonal kept."""
+        batch, heads = query.shape[:2]
+        ends = torch.tensor([grid.causal_end(index) for index in range(grid.query_blocks)], device=query.device)
+        reached = torch.arange(grid.key_blocks, device=query.device) < ends.unsqueeze(1)
+        words = select.pack_mask(reached).expand(batch, heads, -1, -1)
+        plan = HeadPlan(strides=(0,) * heads, dense=(False,) * heads, unstrided_from=0)
+        if lse is None:
+            lse = torch.empty(query.shape[:3], device=query.device)
+        every = Selection(words, grid.key_blocks)
+        compute.compute_selected(query, kv.gathered(), every, plan, grid, scale, output, lse)
 
 
 class DenseBackend(ReferenceBackend):

@@ -187,7 +187,7 @@ class Server:
             replace(geometry, dense_rows=config.dense_rows) if config.dense_rows else geometry,
             chunk_tokens=config.chunk_tokens,
             attention_backend=config.attention_backend,
-            measure_crossover=not config.dense_rows,
+            crossover=not config.dense_rows,
         )
         self._log_start(engine, engine.warm_up())
         return _Service(engine, SessionManager(self._events), Scheduler())

@@ -43,7 +43,7 @@ class ServerConfig:
     threshold: float = _setting(0.004, "SALE threshold tau of a session that asks for none", minimum=0)
     query_stride: int = _setting(1, "estimate from every n-th query row: 1, 2 or 4", minimum=1)
     dense_rows: int = _setting(
-        0, "query rows before this position take dense attention; 0 measures where sparse starts to pay", minimum=0
+        0, "query rows before this position take dense attention; 0: up to where sparse is expected to pay", minimum=0
     )
     chunk_tokens: int = _setting(2048, "prefill chunk, a multiple of 128: the unit of fairness", minimum=128)
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
@@ -63,9 +63,7 @@ class ServerConfig:
                 f"chunk_tokens = {self.chunk_tokens}: must be a multiple of 128, so that blocks never depend on chunks"
             )
         if self.dense_rows and (self.dense_rows < 1024 or self.dense_rows % 128):
-            raise ConfigError(
-                f"dense_rows = {self.dense_rows}: must be a multiple of 128, at least 1024, or 0 to have it measured"
-            )
+            raise ConfigError(f"dense_rows = {self.dense_rows}: use a multiple of 128 from 1024 on, or 0")
         if self.query_stride not in (1, 2, 4):
             raise ConfigError(f"query_stride = {self.query_stride}: must be 1, 2 or 4")
         if not 0 < self.threshold <= 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,13 +93,15 @@ def test_the_report_accounts_for_every_second_token_and_block(tiny_server: Runni
     assert {entry.reason: entry.num_rows for entry in stats.dense_fallbacks} == {pb.DENSE_REASON_SHORT: 1024 * 4 * 2}
 
 
-def test_rows_turn_sparse_where_the_server_measured_that_it_pays_and_stay_so(tiny_model: Path) -> None:
+def test_rows_turn_sparse_where_it_is_expected_to_pay_and_appends_do_not_move_that(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_server(model=str(tiny_model), dtype="float32", chunk_tokens=512, dense_rows=0) as server:
         engine = server.server._service.engine  # type: ignore[union-attr]
         crossover = engine.crossover(engine.defaults)
         whole = server.prefill_tokens(tokens_of(3000), session_id="whole").stats
         first = server.prefill_tokens(tokens_of(3000)[:2000], session_id="parts").stats
-        engine._costs = replace(engine._costs, row_seconds=1.0)  # would put a new session's crossover out of reach
+        monkeypatch.setattr(engine, "crossover", lambda settings: 2**20)  # what a new session would get
         rest = server.prefill_tokens(tokens_of(3000)[2000:], session_id="parts").stats
     assert 1024 <= crossover < 3000
     assert whole.dense_fallbacks[0].num_rows == crossover * 4 * 2

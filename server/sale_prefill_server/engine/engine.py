@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
-from sale_attention.crossover import AttentionCosts, crossover_position, measured_costs
+from sale_attention.crossover import costs_of, crossover_position
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
@@ -30,8 +30,8 @@ class Engine:
         config: SALE's geometry; `dense_rows` is the least that a session's crossover may be.
         chunk_tokens: prefill chunk, a multiple of 128; boundaries are at its multiples by absolute position.
         attention_backend: name of the backend that runs SALE, or "auto".
-        measure_crossover: let each session's rows take dense attention up to where sparse is expected to pay on this
-            machine; else up to `config.dense_rows`.
+        crossover: let each session's rows take dense attention up to where sparse is expected to pay; else up to
+            `config.dense_rows`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Engine:
         *,
         chunk_tokens: int,
         attention_backend: str,
-        measure_crossover: bool = False,
+        crossover: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -52,7 +52,7 @@ class Engine:
         self.chunk_tokens = chunk_tokens
         self._backend_name = attention_backend
         self._backend = get_backend(attention_backend, model.device)
-        self._costs = self._measured_costs() if measure_crossover else None
+        self._has_crossover = crossover
 
     @property
     def attention_backend(self) -> str:
@@ -69,21 +69,10 @@ class Engine:
 
     def crossover(self, settings: AttentionSettings) -> int:
         """Row position from which a session with `settings` is sparse."""
-        if self._costs is None:
+        if not self._has_crossover:
             return self.config.dense_rows
-        return crossover_position(self._costs, settings.threshold, settings.query_stride, self.config)
-
-    def _measured_costs(self) -> AttentionCosts:
-        shape = self.model.kv_shape
-        return measured_costs(
-            self._backend,
-            heads=self.model.num_query_heads,
-            kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=shape.device,
-            config=self.config,
-        )
+        costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim)
+        return crossover_position(costs, settings.threshold, settings.query_stride, self.config)
 
     def next_boundary(self, position: int, end: int) -> int:
         """Where the chunk that starts at `position` ends."""

@@ -1,16 +1,13 @@
-"""Where sparse rows start: a pure function of measured costs, and costs that a machine measures once."""
+"""Where sparse rows start: a pure function of a table of measured costs."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
-from sale_attention import SaleConfig, get_backend
-from sale_attention.crossover import AttentionCosts, crossover_position, expected_density, measured_costs
+from sale_attention import SaleConfig
+from sale_attention.crossover import AttentionCosts, costs_of, crossover_position, expected_density
 
 # An H100-like machine, roughly: estimation at twice the rate of dense attention's products.
 COSTS = AttentionCosts(
@@ -54,49 +51,16 @@ def test_expected_density_falls_with_position_and_threshold(stride: int) -> None
     assert expected_density(8192, 0.008, stride) < expected_density(8192, 0.004, stride)
 
 
-def measure(heads: int = 2) -> AttentionCosts:
-    return measured_costs(
-        get_backend("cpu"),
-        heads=heads,
-        kv_heads=1,
-        head_dim=64,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        config=SaleConfig(),
-    )
+@pytest.mark.parametrize("backend", ["cpu-avx512", "cpu-avx512_vnni", "cpu-avx2", "cuda-sm90a"])
+def test_native_kernels_turn_sparse_before_a_short_prompt_is_long(backend: str) -> None:
+    for head_dim in (64, 128):
+        assert 1024 <= crossover(costs_of(backend, head_dim)) <= 4096
 
 
-def test_costs_are_measured_once_per_machine_and_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path))
-    get_backend("cpu").description  # noqa: B018 - kernels are built before the cache is watched
-    costs = measure()
-    assert all(0 < seconds < 1e-3 for seconds in vars_of(costs))
-    (file,) = (tmp_path / "costs").iterdir()
-    assert measure() == costs
-    assert json.loads(file.read_text())["costs"]["row_seconds"] == costs.row_seconds
-    measure(heads=3)
-    assert len(list((tmp_path / "costs").iterdir())) == 2
+def test_a_backend_that_nobody_measured_counts_as_the_reference() -> None:
+    assert costs_of("npu", 64) == costs_of("reference", 64)
+    assert crossover(costs_of("reference", 64)) > 2048
 
 
-def test_a_spoiled_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path))
-    measure()
-    (file,) = (tmp_path / "costs").iterdir()
-    file.write_text('{"costs": {"dense_pair_')
-    costs = measure()
-    assert json.loads(file.read_text())["costs"]["dense_pair_seconds"] == costs.dense_pair_seconds
-
-
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("not a folder")
-    assert measure().dense_pair_seconds > 0
-
-
-def vars_of(costs: AttentionCosts) -> list[float]:
-    return [
-        costs.dense_pair_seconds,
-        costs.estimate_pair_seconds,
-        costs.compute_pair_seconds,
-        costs.row_seconds,
-    ]
+def test_costs_scale_from_the_nearest_measured_head_dim() -> None:
+    assert costs_of("cpu-avx512", 256).dense_pair_seconds == 2 * costs_of("cpu-avx512", 128).dense_pair_seconds

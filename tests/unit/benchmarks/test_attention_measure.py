@@ -114,7 +114,7 @@ def test_rows_of_a_trace() -> None:
 
 def test_rows_turn_sparse_where_told_or_where_it_is_expected_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = AttentionCosts(1.0, 0.1, 0.5, row_seconds=1500.0)
-    monkeypatch.setattr(attention_measure, "measured_costs", lambda *args, **named: costs)
+    monkeypatch.setattr(attention_measure, "costs_of", lambda *args, **named: costs)
     told = sale_config(random_trace(), Setting("reference", 1, 0.004, 256))
     assert (told.dense_rows, told.centre_tokens) == (256, 256)
     found = sale_config(random_trace(), Setting("reference", 1, 0.004))
