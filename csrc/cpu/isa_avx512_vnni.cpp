@@ -1,9 +1,13 @@
 // Kernels for Cascade Lake, Ice Lake, Tiger Lake: AVX-512 with VNNI, no BF16.
-// Standard headers come before the target pragma: their inline functions are shared with the rest of the library.
+// Shared headers come before the target pragma: their inline functions are those of the rest of the library.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "grid.h"
+#include "kernel_table.h"
+#include "tasks.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

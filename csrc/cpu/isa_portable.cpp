@@ -1,9 +1,13 @@
 // Kernels for any processor: plain C++.
-// Standard headers come before the target pragma: their inline functions are shared with the rest of the library.
+// Shared headers come before the target pragma: their inline functions are those of the rest of the library.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "grid.h"
+#include "kernel_table.h"
+#include "tasks.h"
 
 
 #define SALE_ISA isa_portable

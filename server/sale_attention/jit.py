@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -61,62 +62,51 @@ def kernel_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sale-prefill" / "kernels"
 
 
-def build(plan: BuildPlan, log_to: Path | None = None) -> Path:
+def build(plan: BuildPlan) -> Path:
     """The shared library of `plan`, from the cache or built now through `torch.utils.cpp_extension` and ninja.
 
-    Processes that want the same library wait for each other; a build that is killed leaves nothing that counts.
-
-    Args:
-        plan: what to build.
-        log_to: where a failed build's log goes; default `<cache>/<name>-<key>.log`.
+    Processes that want the same library wait for each other; a build that is killed leaves nothing that counts. A
+    library that is there already needs no compiler. A failed build's log is `<cache>/<name>-<key>.log`.
 
     Raises:
-        KernelBuildError: no compiler, no ninja, an unwritable cache folder, or a compile error; says which.
+        KernelBuildError: no compiler, no ninja, an unusable cache folder, or a compile error; says which.
     """
-    compiler = _compiler()
-    key = _cache_key(plan, compiler)
-    cache = kernel_cache_dir()
-    library = cache / f"{plan.name}-{key}" / f"{plan.name}.so"
-    if library.exists():
-        return library
+    name = f"{plan.name}-{_cache_key(plan)}"
     try:
+        cache = kernel_cache_dir()
+        library = cache / name / f"{plan.name}.so"
+        if library.exists():
+            return library
+        compiler = _compiler()
         cache.mkdir(parents=True, exist_ok=True)
-        with _exclusive(cache / f".{plan.name}-{key}.lock"):
+        with _exclusive(cache / f".{name}.lock"):
             if not library.exists():
-                _build_into(library, plan, compiler, log_to or cache / f"{plan.name}-{key}.log")
-    except OSError as error:
+                _build_into(library, plan, compiler, cache / f"{name}.log")
+    except KernelBuildError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise KernelBuildError(
-            f"the kernel cache {cache} cannot be used ({error}): make it writable, or name another folder in "
-            f"{CACHE_VARIABLE}"
+            f"the kernel cache cannot be used ({error}): make it writable, or name another folder in {CACHE_VARIABLE}"
         ) from error
     return library
 
 
 def _compiler() -> str:
-    wanted = os.environ.get("CXX", "c++")
-    found = shutil.which(wanted) or shutil.which("g++") or shutil.which("clang++")
+    wanted = os.environ.get("CXX", "g++")
+    found = shutil.which(wanted) or shutil.which("c++")
     if found is None:
         raise KernelBuildError(
-            f"no C++ compiler ({wanted}, g++ or clang++) on PATH: install one (Debian, Ubuntu: apt-get install g++), "
+            f"no C++ compiler ({wanted} or c++) on PATH: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++) "
             "or name it in CXX"
         )
     return found
 
 
-def _cache_key(plan: BuildPlan, compiler: str) -> str:
+def _cache_key(plan: BuildPlan) -> str:
+    """What the library is made of and for; not the compiler, so that a machine without one finds a library, too."""
     digest = hashlib.sha256()
-    version = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
-    )
-    for part in (
-        plan.name,
-        *plan.sources,
-        *plan.include_dirs,
-        *plan.compile_flags,
-        *plan.cuda_flags,
-        *plan.link_flags,
-        version.stdout,
-    ):
+    flags = (*plan.compile_flags, *plan.cuda_flags, *plan.link_flags)
+    for part in (plan.name, *plan.sources, *plan.include_dirs, *flags, platform.machine(), *platform.libc_ver()):
         digest.update(part.encode() + b"\0")
     folders = {plan.source_root / name for name in plan.include_dirs}
     folders |= {(plan.source_root / source).parent for source in plan.sources}
@@ -142,8 +132,9 @@ def _build_into(library: Path, plan: BuildPlan, compiler: str, log_file: Path) -
         next(folder.glob(f"{plan.name}*.so")).rename(folder / library.name)
         (folder / "built-in-seconds").write_text(f"{time.perf_counter() - started:.1f}\n")
         shutil.rmtree(library.parent, ignore_errors=True)
+        folder.chmod(0o755)  # others may share the cache
         folder.rename(library.parent)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         log_file.write_text(f"{error}\n{error.__cause__ or ''}\n")
         raise KernelBuildError(
             f"building {plan.name} with {compiler} failed; the compiler's output is in {log_file}"

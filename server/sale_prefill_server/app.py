@@ -35,7 +35,7 @@ from sale_prefill.v1 import (
     session_service_pb2_grpc,
 )
 from sale_prefill_client._version import __version__
-from sale_prefill_server.config import ServerConfig
+from sale_prefill_server.config import ConfigError, ServerConfig
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
@@ -167,6 +167,10 @@ class Server:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
+        try:
+            get_backend(config.attention_backend, choose_device(config.device)).description  # noqa: B018 - builds kernels
+        except ValueError as error:
+            raise ConfigError(f"attention_backend = {config.attention_backend!r}: {error}") from error
         source = resolve_model(config.model, Path(config.cache_dir) if config.cache_dir else None, logger.info)
         started = time.perf_counter()
         model = load_model(

@@ -251,7 +251,9 @@ struct Attend {
     for (int lane = 0; lane < lanes; lane += kLanes) {
       const F old = S::load(space.maximum + lane), top = S::load(block_maximum + lane);
       const F now = S::where_greater(top, S::add(old, S::set1(kSlack)), top, old);
-      const F factor = exp2<S, false>(S::sub(old, now));
+      // Exactly 1 for rows that stay: the polynomial's 2^0 is one unit off, and no row may feel its neighbours.
+      const F factor =
+          S::where_greater(top, S::add(old, S::set1(kSlack)), exp2<S, false>(S::sub(old, now)), S::set1(1.0f));
       S::store(space.maximum + lane, now);
       S::store(space.total + lane, S::mul(S::load(space.total + lane), factor));
       S::store(space.divisor + lane, S::mul(S::load(space.divisor + lane), factor));

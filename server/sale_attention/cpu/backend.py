@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sale_attention.backends import register_backend
+from sale_attention.backends import AttentionRequest, register_backend
 from sale_attention.config import HeadPlan, SaleConfig
 from sale_attention.cpu import abi
-from sale_attention.cpu.library import CpuKernels, load_kernels
+from sale_attention.cpu.library import ISA_VARIABLE, SLOWEST_ISA, CpuKernels, load_kernels
 from sale_attention.geometry import BlockGrid
 from sale_attention.jit import KernelBuildError
 from sale_attention.kv_view import KvView
@@ -46,10 +47,20 @@ class CpuBackend(ReferenceBackend):
     @cached_property
     def _kernels(self) -> CpuKernels | None:
         try:
-            return load_kernels(self._isa)
+            kernels = load_kernels(self._isa)
+            if kernels.isa != SLOWEST_ISA or self._isa or os.environ.get(ISA_VARIABLE):
+                return kernels
+            logger.warning("no kernels for this processor's vector units: the torch reference computes, being faster")
+            return None
         except KernelBuildError as error:
             logger.warning("no native CPU kernels, so the slow torch reference computes: %s", error)
             return None
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        """Whatever the reference does, on CPU tensors."""
+        if request.query.device.type != "cpu":
+            return f"it computes on CPU tensors, not on {request.query.device.type} ones"
+        return super().supports(request)
 
     @property
     def description(self) -> str:

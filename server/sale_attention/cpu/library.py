@@ -11,6 +11,8 @@ from sale_attention.cpu import abi
 from sale_attention.jit import BuildPlan, KernelBuildError, build, kernel_source_root
 
 ISA_VARIABLE = "SALE_PREFILL_CPU_ISA"
+#: Plain C++: right everywhere, and slower than the torch reference (`crossover.py` has both).
+SLOWEST_ISA = "portable"
 SANITIZE_VARIABLE = "SALE_PREFILL_CPU_SANITIZE"
 
 # -ffp-contract=off keeps the quantiser and the compare as they are written; no -ffast-math, since NaN must show.

@@ -138,6 +138,7 @@ class Engine:
         sequence = self.open(self.defaults)
         try:
             sequence.kv.reserve(count + 1)
+            sequence.config = self.config  # sparse rows as early as they may be, so that every kernel runs once
             tokens = [position % self.model.vocabulary_size for position in range(count)]
             self.prefill_chunk(sequence, tokens, prompt_end=count, statistics=self.new_statistics())
             self.decode_token(sequence, 0)

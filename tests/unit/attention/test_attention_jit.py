@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sale_attention import attend, get_backend
+from sale_attention import AttentionRequest, LayerPolicy, attend, get_backend
 from sale_attention.cpu import CpuBackend, available_isas, library, load_kernels
 from sale_attention.jit import BuildPlan, KernelBuildError, build
 from tests.unit.attention.naive import SMALL, Shape, random_problem
@@ -83,6 +83,12 @@ def test_a_cache_that_cannot_be_written_is_named(plan: BuildPlan, tmp_path: Path
         build(plan)
 
 
+def test_a_library_that_is_there_needs_no_compiler(plan: BuildPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(plan)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert build(plan) == first
+
+
 def test_no_compiler_says_what_to_install(plan: BuildPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(KernelBuildError, match=r"no C\+\+ compiler .* apt-get install g\+\+"):
@@ -117,6 +123,19 @@ def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SALE_PREFILL_CPU_ISA", "portable")
     assert CpuBackend().description == "cpu-portable"
     assert CpuBackend("portable").description == "cpu-portable"
+
+
+def test_the_reference_serves_processors_that_have_no_vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SALE_PREFILL_CPU_ISA", raising=False)
+    monkeypatch.setattr(library, "_supported", lambda loaded: [("portable", 3)])
+    assert CpuBackend().description == "reference"
+    assert CpuBackend("portable").description == "cpu-portable"
+
+
+def test_the_cpu_backend_declines_other_devices() -> None:
+    query, kv = random_problem(Shape(rows=300))
+    elsewhere = AttentionRequest(query.to("meta"), kv, LayerPolicy.uniform(2), SMALL)
+    assert CpuBackend().supports(elsewhere) == "it computes on CPU tensors, not on meta ones"
 
 
 def test_an_instruction_set_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
