@@ -1,7 +1,6 @@
-// Where blocks and tokens lie (`geometry.py`, `kv_view.py`), and tensor maps over keys, values and codes.
+// Where blocks and tokens lie (`geometry.py`, `kv_view.py`).
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -71,9 +70,5 @@ template <class T>
 __device__ __forceinline__ T* row_at(const SaleCudaRows& rows, int batch, int head, int64_t row) {
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride + row * rows.row_stride;
 }
-
-// A map of boxes of `box_columns` elements by `box_tokens` tokens. Returns 0, or -1 - CUresult.
-int make_tensor_map(CUtensorMap* map, const SaleCudaTokens& tokens, CUtensorMapDataType type, int element_bytes,
-                    int columns, int heads, int box_columns, int box_tokens, CUtensorMapSwizzle swizzle);
 
 }  // namespace sale::cuda

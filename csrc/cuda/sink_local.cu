@@ -17,28 +17,8 @@ constexpr int kTileRows = 16 * kHeadWarps;
 constexpr int kChunkBlocks = 9;  // sink 32, local 128, and the second half of a query block of 128
 constexpr int kPad = 8;  // spreads the rows of a block over the banks
 
-__device__ __forceinline__ void copy_async(void* target, const void* source, bool present) {
-  const int bytes = present ? 16 : 0;  // absent: zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes));
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ float2 pair_of(uint32_t bits) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
-}
-
-// Four 8 x 8 matrices: the B operands of two k-steps for 8 keys.
-__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(shared_address(row)));
 }
 
 // The key blocks of a tile: sink blocks, then local ones up to the diagonal.
@@ -67,13 +47,8 @@ __device__ __forceinline__ void load_chunk(const SaleCudaSinkLocal& call, __nv_b
     copy_async(&keys[key][column],
                token_at<const __nv_bfloat16>(call.keys, batch, kv_head, present ? token : tokens - 1) + column, present);
   }
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
+  copy_commit();
+  copy_wait<0>();
 }
 
 // Running log-sum-exp of one row, over this thread's columns; scores come in powers of two.
@@ -154,9 +129,9 @@ __global__ void __launch_bounds__(32 * kHeadWarps * kHeads, 4 / kHeads) sink_loc
           load_matrices(b[n], &keys[i * kKeyBlock + n * 8 + lane % 8][step * 16 + lane / 8 * 8]);
         // Four sums side by side: one product's latency hides behind the others.
 #pragma unroll
-        for (int n = 0; n < 4; ++n) multiply(scores[n], query[step], b[n][0], b[n][1]);
+        for (int n = 0; n < 4; ++n) multiply_bf16(scores[n], query[step], b[n][0], b[n][1]);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) multiply(scores[n], query[step + 1], b[n][2], b[n][3]);
+        for (int n = 0; n < 4; ++n) multiply_bf16(scores[n], query[step + 1], b[n][2], b[n][3]);
       }
       const int64_t block_start = int64_t{window.block(chunk + i)} * kKeyBlock, key = block_start + lane % 4 * 2;
       const bool crosses = block_start + kKeyBlock > first + warp % kHeadWarps * 16;  // some row of the warp sees not all

@@ -18,8 +18,9 @@
 #include <cuda_bf16.h>
 
 #include "../layout.cuh"
-#include "../ptx.cuh"
-#include "../wgmma.cuh"
+#include "ptx.cuh"
+#include "tensor_map.cuh"
+#include "wgmma.cuh"
 
 namespace sale::cuda {
 namespace {
@@ -248,12 +249,6 @@ struct Producer {
 };
 
 // ---------------------------------------------------------------------------------------------------------- consumers
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);

@@ -8,8 +8,9 @@
 // Barriers: full[s], one arrival and the tile's bytes; empty[s], one arrival a consumer warp.
 // Shared memory: kStages tiles of 128 keys x head_dim bytes (64 KiB at head_dim 128), 128- or 64-byte swizzle.
 #include "../layout.cuh"
-#include "../ptx.cuh"
-#include "../wgmma.cuh"
+#include "ptx.cuh"
+#include "tensor_map.cuh"
+#include "wgmma.cuh"
 
 namespace sale::cuda {
 namespace {

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
-#define SALE_CUDA_ABI 1
+#define SALE_CUDA_ABI 2
 
 extern "C" {
+
+enum SaleCudaDtype : int32_t { SALE_CUDA_BF16 = 0, SALE_CUDA_F16 = 1 };
 
 // Keys, values or codes: [unit, head, token, element], where a unit is a batch row or, with a page table, a page.
 // Strides count elements; elements of a token are contiguous.
@@ -42,18 +44,19 @@ struct SaleCudaGrid {
   int32_t sink_blocks;
   int32_t local_tokens;
   int32_t multiprocessors;
+  int32_t dtype;  // SaleCudaDtype of query, keys, values and output
 };
 
 struct SaleCudaQuantiseQuery {
   SaleCudaGrid grid;
-  SaleCudaRows query;  // bf16
+  SaleCudaRows query;
   int8_t* codes;       // [batch, heads, rows, head_dim]
   float* scales;       // [batch, heads, rows]
 };
 
 struct SaleCudaQuantiseKey {
   SaleCudaGrid grid;
-  SaleCudaTokens keys;   // bf16
+  SaleCudaTokens keys;
   SaleCudaTokens codes;  // int8
   SaleCudaTokens scales; // float32, one "token" a 32-key block
   const float* centre;   // [batch, kv_heads, head_dim]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
+
+
+#: SaleCudaDtype.
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 class Tokens(ctypes.Structure):
@@ -58,7 +63,7 @@ class Grid(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("rows", "offset")),
-        *((name, c_int32) for name in ("query_block", "sink_blocks", "local_tokens", "multiprocessors")),
+        *((name, c_int32) for name in ("query_block", "sink_blocks", "local_tokens", "multiprocessors", "dtype")),
     ]
 
 

@@ -49,7 +49,7 @@ class CudaBackend(ReferenceBackend):
         """The backend and its target, such as "cuda-sm90a"; "reference" where kernels could not be built."""
         if not torch.cuda.is_available() or _library_for(torch.device("cuda", torch.cuda.current_device())) is None:
             return "reference"
-        return f"cuda-sm{library.ARCHITECTURES[torch.cuda.get_device_capability()]}"
+        return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability())}"
 
     def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
         covered = sample.is_cuda and dtype == torch.bfloat16 and head_dim in _HEAD_DIMS and value_dim == head_dim
@@ -74,7 +74,7 @@ class CudaBackend(ReferenceBackend):
             super().quantise_key_range(kv, config, start, out)
             return
         keys, centre = _aligned(kv.keys), out.centre.contiguous()
-        grid = abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0)
+        grid = abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
         tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
         call = abi.QuantiseKey(grid, tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
         library.call(native, "quantise_key", call, kv.device)
@@ -213,6 +213,7 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
         grid.sink_blocks,
         grid.local_tokens,
         _multiprocessors(query.device),
+        abi.DTYPES.get(query.dtype, 0),
     )
 
 

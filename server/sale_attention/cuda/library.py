@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 import torch
 
 from sale_attention.cuda import abi
 from sale_attention.jit import BuildPlan, KernelBuildError, build, kernel_source_root
 
-#: Compute capability to the target that its kernels are written for.
-ARCHITECTURES = {(9, 0): "90a"}
+ARCHITECTURE_VARIABLE = "SALE_PREFILL_CUDA_ARCH"
+
+#: Target to the folder of `csrc/cuda/` with its own kernels. "80" also carries PTX, for every GPU not named here.
+ARCHITECTURES = {"80": "sm80", "86": "sm80", "89": "sm80", "90a": "sm90"}
 _FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr")
 
 
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The best target for a compute capability, such as "90a"; `$SALE_PREFILL_CUDA_ARCH` says otherwise.
+
+    Raises:
+        KernelBuildError: no target runs there, or the variable names none; says which there are.
+    """
+    known = ", ".join(ARCHITECTURES)
+    if (wanted := os.environ.get(ARCHITECTURE_VARIABLE)) is not None:
+        if wanted not in ARCHITECTURES:
+            raise KernelBuildError(f"{ARCHITECTURE_VARIABLE}={wanted!r} is none of {known}")
+        return wanted
+    if capability < (8, 0):
+        raise KernelBuildError(f"no kernels for compute capability {capability[0]}.{capability[1]}; there are: {known}")
+    exact = next((name for name in ARCHITECTURES if name.rstrip("a") == f"{capability[0]}{capability[1]}"), None)
+    return "80" if exact is None else exact
+
+
 def build_plan(architecture: str) -> BuildPlan:
-    """How the library for `architecture`, such as "90a", is built."""
+    """How the library for a target of `ARCHITECTURES` is built."""
     root = kernel_source_root()
-    sources = [*(root / "cuda").glob("*.cu"), *(root / "cuda" / "sm90").glob("*.cu")]
+    own = root / "cuda" / ARCHITECTURES[architecture]
+    sources = [*(root / "cuda").glob("*.cu"), *own.glob("*.cu")]
+    code = "[sm_80,compute_80]" if architecture == "80" else f"sm_{architecture}"
     return BuildPlan(
         name=f"sale_cuda_sm{architecture}",
         sources=tuple(sorted(str(file.relative_to(root)) for file in sources)),
         source_root=root,
         include_dirs=("include", "cuda"),
-        cuda_flags=(*_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"),
+        cuda_flags=(*_FLAGS, f"-gencode=arch=compute_{architecture},code={code}"),
     )
 
 
@@ -35,10 +57,7 @@ def load_library(capability: tuple[int, int]) -> ctypes.CDLL:
     Raises:
         KernelBuildError: there are no kernels for it, or they cannot be built or loaded; says why.
     """
-    architecture = ARCHITECTURES.get(capability)
-    if architecture is None:
-        known = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
-        raise KernelBuildError(f"no kernels for compute capability {capability[0]}.{capability[1]}; there are: {known}")
+    architecture = architecture_of(capability)
     path = build(build_plan(architecture))
     try:
         library = ctypes.CDLL(str(path))

@@ -1,4 +1,6 @@
-#include "layout.cuh"
+#include "tensor_map.cuh"
+
+#include <cuda_runtime.h>
 
 namespace sale::cuda {
 namespace {
@@ -37,5 +39,3 @@ int make_tensor_map(CUtensorMap* map, const SaleCudaTokens& tokens, CUtensorMapD
 }
 
 }  // namespace sale::cuda
-
-extern "C" int32_t sale_cuda_abi() { return SALE_CUDA_ABI; }
