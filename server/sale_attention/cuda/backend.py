@@ -74,7 +74,9 @@ class CudaBackend(ReferenceBackend):
             super().quantise_key_range(kv, config, start, out)
             return
         keys, centre = _aligned(kv.keys), out.centre.contiguous()
-        grid = abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
+        grid = abi.Grid(
+            kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype]
+        )
         tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
         call = abi.QuantiseKey(grid, tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
         library.call(native, "quantise_key", call, kv.device)
