@@ -16,7 +16,6 @@ from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes
-from .sink_local import row_thresholds
 from .state import LayerState
 from .statistics import AttentionStatistics
 
@@ -158,10 +157,10 @@ class _Call:
         if not all(plan.dense):
             with self._phase("quantise"):
                 key_codes = self._key_codes()
-                query_codes = backend.quantise_query(query, grid, self.config)
             with self._phase("sink_local"):
-                centred_lse = backend.sink_local_lse(query, kv, key_codes.centre, grid, scale)
-                thresholds = row_thresholds(centred_lse, query_codes, self.policy.log_tau(), scale)
+                query_codes, thresholds = backend.prepare_rows(
+                    query, kv, key_codes.centre, grid, self.config, self.policy.log_tau(query.device), scale
+                )
             with self._phase("select"):
                 selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
             with self._phase("compute"):

@@ -13,6 +13,7 @@ from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes, QueryCodes
 from .select import Selection
+from .sink_local import row_thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,24 @@ class AttentionBackend(ABC):
     @abstractmethod
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """Log-sum-exp of centred sink and local scores, float32 `[B, H, Nq]`; see `sink_local`."""
+
+    def prepare_rows(
+        self,
+        query: Tensor,
+        kv: KvView,
+        centre: Tensor,
+        grid: BlockGrid,
+        config: SaleConfig,
+        log_tau: Tensor,
+        scale: float,
+    ) -> tuple[QueryCodes, Tensor]:
+        """What `select` needs of the queries: codes, and thresholds float32 `[B, H, Nq]` as `row_thresholds` makes them.
+
+        By default the two phases above, one after the other; a backend may do both in one pass over the queries.
+        """
+        codes = self.quantise_query(query, grid, config)
+        lse = self.sink_local_lse(query, kv, centre, grid, scale)
+        return codes, row_thresholds(lse, codes, log_tau, scale)
 
     @abstractmethod
     def select(

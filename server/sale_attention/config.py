@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class LayerPolicy:
     tau: Tensor
     query_stride: Tensor
     key_centre: Tensor | None = None
+    _log_tau: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tau = torch.as_tensor(self.tau, dtype=torch.float32, device="cpu")
@@ -113,9 +114,15 @@ class LayerPolicy:
         """Query heads the policy speaks of."""
         return self.tau.shape[0]
 
-    def log_tau(self) -> Tensor:
-        """ln(tau) as float32 `[H]`, computed in float64 and rounded once: part of the pinned threshold arithmetic."""
-        return self.tau.to(torch.float64).log().to(torch.float32)
+    def log_tau(self, device: torch.device | str = "cpu") -> Tensor:
+        """ln(tau) as float32 `[H]`, computed in float64 and rounded once: part of the pinned threshold arithmetic.
+
+        Kept by device: a copy from the host in every layer would make it wait.
+        """
+        name = str(device)
+        if name not in self._log_tau:
+            self._log_tau[name] = self.tau.to(torch.float64).log().to(torch.float32).to(device)
+        return self._log_tau[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def row_thresholds(log_sum_exp: Tensor, query_codes: QueryCodes, log_tau: Tensor
         log_tau: float32 `[H]`, `LayerPolicy.log_tau()`.
         scale: softmax scale.
     """
-    log_tau = log_tau.to(log_sum_exp.device, non_blocking=True)[None, :, None]
+    log_tau = log_tau.to(log_sum_exp.device)[None, :, None]
     divisor = torch.full((), scale, dtype=torch.float32, device=log_sum_exp.device)
     thresholds = (log_tau + log_sum_exp) / divisor
     return thresholds if query_codes.block_means is not None else thresholds / query_codes.scales

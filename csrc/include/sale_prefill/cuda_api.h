@@ -47,13 +47,6 @@ struct SaleCudaGrid {
   int32_t dtype;  // SaleCudaDtype of query, keys, values and output
 };
 
-struct SaleCudaQuantiseQuery {
-  SaleCudaGrid grid;
-  SaleCudaRows query;
-  int8_t* codes;       // [batch, heads, rows, head_dim]
-  float* scales;       // [batch, heads, rows]
-};
-
 struct SaleCudaQuantiseKey {
   SaleCudaGrid grid;
   SaleCudaTokens keys;
@@ -63,12 +56,17 @@ struct SaleCudaQuantiseKey {
   int64_t start;         // first token, a multiple of 32
 };
 
-struct SaleCudaSinkLocal {
+// Outputs [batch, heads, rows]; null: not wanted. Thresholds need codes.
+struct SaleCudaQueryRows {
   SaleCudaGrid grid;
   SaleCudaRows query;
-  SaleCudaTokens keys;
-  const float* centre;
-  float* lse;  // [batch, heads, rows]
+  SaleCudaTokens keys;   // for lse and thresholds
+  const float* centre;   // [batch, kv_heads, head_dim]
+  const float* log_tau;  // device, [heads]
+  int8_t* codes;         // [batch, heads, rows, head_dim]
+  float* scales;
+  float* lse;
+  float* thresholds;
   float scale;
 };
 
@@ -102,9 +100,8 @@ struct SaleCudaAttend {
 
 int32_t sale_cuda_abi();
 // Each returns a cudaError_t, or -1 - CUresult where a tensor map could not be made; nothing waits for the device.
-int32_t sale_cuda_quantise_query(const SaleCudaQuantiseQuery* call, void* stream);
 int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
-int32_t sale_cuda_sink_local(const SaleCudaSinkLocal* call, void* stream);
+int32_t sale_cuda_query_rows(const SaleCudaQueryRows* call, void* stream);
 int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);
 int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream);
 

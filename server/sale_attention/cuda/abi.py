@@ -67,12 +67,6 @@ class Grid(ctypes.Structure):
     ]
 
 
-class QuantiseQuery(ctypes.Structure):
-    """SaleCudaQuantiseQuery."""
-
-    _fields_ = [("grid", Grid), ("query", Rows), ("codes", c_void_p), ("scales", c_void_p)]
-
-
 class QuantiseKey(ctypes.Structure):
     """SaleCudaQuantiseKey."""
 
@@ -86,15 +80,19 @@ class QuantiseKey(ctypes.Structure):
     ]
 
 
-class SinkLocal(ctypes.Structure):
-    """SaleCudaSinkLocal."""
+class QueryRows(ctypes.Structure):
+    """SaleCudaQueryRows."""
 
     _fields_ = [
         ("grid", Grid),
         ("query", Rows),
         ("keys", Tokens),
         ("centre", c_void_p),
+        ("log_tau", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
         ("lse", c_void_p),
+        ("thresholds", c_void_p),
         ("scale", c_float),
     ]
 
@@ -136,9 +134,8 @@ class Attend(ctypes.Structure):
 
 
 CALLS: dict[str, type[ctypes.Structure]] = {
-    "quantise_query": QuantiseQuery,
     "quantise_key": QuantiseKey,
-    "sink_local": SinkLocal,
+    "query_rows": QueryRows,
     "select": Select,
     "attend": Attend,
 }

@@ -22,6 +22,7 @@ from sale_attention.select import Selection
 logger = logging.getLogger(__name__)
 
 _HEAD_DIMS = (64, 128)
+_DTYPES = tuple(abi.DTYPES)
 _MOST_HEADS = 512
 
 
@@ -52,7 +53,7 @@ class CudaBackend(ReferenceBackend):
         return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability())}"
 
     def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-        covered = sample.is_cuda and dtype == torch.bfloat16 and head_dim in _HEAD_DIMS and value_dim == head_dim
+        covered = sample.is_cuda and dtype in _DTYPES and head_dim in _HEAD_DIMS and value_dim == head_dim
         return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None
 
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
@@ -60,12 +61,7 @@ class CudaBackend(ReferenceBackend):
         native = self._native(query, query.shape[3], query.shape[3], query.dtype)
         if native is None or config.code_bits != 8:
             return super().quantise_query(query, grid, config)
-        query = _aligned(query)
-        codes = torch.empty(query.shape, dtype=torch.int8, device=query.device)
-        scales = torch.empty(query.shape[:3], device=query.device)
-        call = abi.QuantiseQuery(_grid(query, grid), abi.Rows.of(query), codes.data_ptr(), scales.data_ptr())
-        library.call(native, "quantise_query", call, query.device)
-        return QueryCodes(codes, scales)
+        return _query_rows(native, query, grid)
 
     def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
         """See `quantise.quantise_key_range`."""
@@ -86,18 +82,27 @@ class CudaBackend(ReferenceBackend):
         native = self._native(query, kv.head_dim, kv.head_dim, query.dtype)
         if native is None:
             return super().sink_local_lse(query, kv, centre, grid, scale)
-        query, keys, centre = _aligned(query), _aligned(kv.keys), centre.contiguous()
         lse = torch.empty(query.shape[:3], device=query.device)
-        call = abi.SinkLocal(
-            _grid(query, grid, kv),
-            abi.Rows.of(query),
-            abi.Tokens.of(keys, kv.page_table, kv.tokens),
-            centre.data_ptr(),
-            lse.data_ptr(),
-            scale,
-        )
-        library.call(native, "sink_local", call, query.device)
+        _query_rows(native, query, grid, kv, centre, scale, codes=False, lse=lse)
         return lse
+
+    def prepare_rows(
+        self,
+        query: Tensor,
+        kv: KvView,
+        centre: Tensor,
+        grid: BlockGrid,
+        config: SaleConfig,
+        log_tau: Tensor,
+        scale: float,
+    ) -> tuple[QueryCodes, Tensor]:
+        """Codes and thresholds in one pass over the queries."""
+        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype)
+        if native is None or config.code_bits != 8:
+            return super().prepare_rows(query, kv, centre, grid, config, log_tau, scale)
+        thresholds = torch.empty(query.shape[:3], device=query.device)
+        codes = _query_rows(native, query, grid, kv, centre, scale, log_tau=log_tau, thresholds=thresholds)
+        return codes, thresholds
 
     def select(
         self,
@@ -157,6 +162,47 @@ class CudaBackend(ReferenceBackend):
             super().attend_all(query, kv, grid, scale, output, lse)
             return
         _attend(native, query, kv, grid, scale, output, lse, None, None)
+
+
+def _query_rows(
+    native: ctypes.CDLL,
+    query: Tensor,
+    grid: BlockGrid,
+    kv: KvView | None = None,
+    centre: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    codes: bool = True,
+    lse: Tensor | None = None,
+    log_tau: Tensor | None = None,
+    thresholds: Tensor | None = None,
+) -> QueryCodes:
+    """Whatever is asked for, in one pass; `kv` and `centre` are needed for `lse` and `thresholds`."""
+    query = _aligned(query)
+    keys = None if kv is None else _aligned(kv.keys)
+    centre = None if centre is None else centre.contiguous()
+    result = QueryCodes(
+        torch.empty(query.shape if codes else 0, dtype=torch.int8, device=query.device),
+        torch.empty(query.shape[:3] if codes else 0, device=query.device),
+    )
+    call = abi.QueryRows(
+        _grid(query, grid, kv),
+        abi.Rows.of(query),
+        abi.Tokens() if kv is None or keys is None else abi.Tokens.of(keys, kv.page_table, kv.tokens),
+        _pointer(centre),
+        _pointer(log_tau),
+        _pointer(result.codes if codes else None),
+        _pointer(result.scales if codes else None),
+        _pointer(lse),
+        _pointer(thresholds),
+        scale,
+    )
+    library.call(native, "query_rows", call, query.device)
+    return result
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _attend(

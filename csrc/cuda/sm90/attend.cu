@@ -1,4 +1,4 @@
-// Block-sparse attention on sm_90a, bf16 with float32 sums, over lists of 32-key blocks decoded from the bitmask.
+// Block-sparse attention on sm_90a, bf16 or fp16 with float32 sums, over lists of 32-key blocks decoded from the bitmask.
 //
 // Persistent CTAs: two producer warps, and one consumer warpgroup per 64 rows of the query block (two at 128). The
 // producers take work from a counter, decode the block list, and gather four 32-key boxes into each 128-key stage, one of
@@ -15,8 +15,7 @@
 //   key_free[s], value_free[s]                   1 arrival a consumer warp
 //   named 2, 3: turns of warpgroup 0, 1; named 4, 5: all of warpgroup 0, 1, after a tail of values was zeroed
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 32 KiB + V 32 KiB); 224 KiB in all.
-#include <cuda_bf16.h>
-
+#include "../element.cuh"
 #include "../layout.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
@@ -56,13 +55,13 @@ struct Item {
   }
 };
 
-template <int kDim, int kWarpgroups>
+template <class T, int kDim, int kWarpgroups>
 struct Shared {
   static constexpr int kHalves = kDim / 64;  // columns in pieces of 64: one 128-byte swizzle span
   static constexpr int kRows = 64 * kWarpgroups;
-  alignas(1024) __nv_bfloat16 query[kHalves][kRows][64];
-  alignas(1024) __nv_bfloat16 keys[kStages][kHalves][kTileKeys][64];
-  alignas(1024) __nv_bfloat16 values[kStages][kHalves][kTileKeys][64];
+  alignas(1024) T query[kHalves][kRows][64];
+  alignas(1024) T keys[kStages][kHalves][kTileKeys][64];
+  alignas(1024) T values[kStages][kHalves][kTileKeys][64];
   uint64_t query_full, query_free;
   uint64_t work_full[2], work_free[2];
   uint64_t key_full[kStages], key_free[kStages], value_full[kStages], value_free[kStages];
@@ -78,9 +77,9 @@ struct Shared {
 // ---------------------------------------------------------------------------------------------------------- producer
 
 // Two warps decode the same list: one loads Q and the keys, and says what the work is; the other loads the values.
-template <int kDim, int kWarpgroups, bool kOfKeys>
+template <class T, int kDim, int kWarpgroups, bool kOfKeys>
 struct Producer {
-  using SharedMemory = Shared<kDim, kWarpgroups>;
+  using SharedMemory = Shared<T, kDim, kWarpgroups>;
   static constexpr uint32_t kStageBytes = kTileKeys * kDim * 2;
 
   const Launch& launch;
@@ -250,11 +249,6 @@ struct Producer {
 
 // ---------------------------------------------------------------------------------------------------------- consumers
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
 // Pins values to this place in the program: neither the arithmetic before nor a wgmma's wait after may cross it.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&values)[kCount]) {
@@ -302,9 +296,9 @@ struct Softmax {
   }
 };
 
-template <int kDim, int kWarpgroups>
+template <class T, int kDim, int kWarpgroups>
 struct Consumer {
-  using SharedMemory = Shared<kDim, kWarpgroups>;
+  using SharedMemory = Shared<T, kDim, kWarpgroups>;
   static constexpr uint32_t kHalfBytes = kTileKeys * 128;
 
   const Launch& launch;
@@ -341,7 +335,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step)
-      wgmma_bf16_n128(scores, moved(query, step / 4 * sizeof(shared.query[0]) + step % 4 * 32),
+      Wgmma<T>::scores(scores, moved(query, step / 4 * sizeof(shared.query[0]) + step % 4 * 32),
                       moved(keys, step / 4 * sizeof(shared.keys[0][0]) + step % 4 * 32), step > 0);
     wgmma_commit();
   }
@@ -352,7 +346,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step)
-      wgmma_bf16_values(sums, weights[step], moved(values, step * 16 * 128), add || step > 0);
+      Wgmma<T>::values(sums, weights[step], moved(values, step * 16 * 128), add || step > 0);
     wgmma_commit();
   }
 
@@ -360,7 +354,7 @@ struct Consumer {
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[step][i] = pack_bf16(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) weights[step][i] = Element<T>::pack(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
   }
 
   // -inf where an edge tile's slot is empty or its key comes after the row.
@@ -479,11 +473,11 @@ struct Consumer {
       const int64_t row = position + 8 * half - blocks.offset;
       if (row < 0 || row >= call.grid.rows) continue;
       const float inverse = 1.0f / total;
-      uint32_t* out = reinterpret_cast<uint32_t*>(row_at<__nv_bfloat16>(call.output, item.batch, item.head, row)) +
+      uint32_t* out = reinterpret_cast<uint32_t*>(row_at<T>(call.output, item.batch, item.head, row)) +
                       threadIdx.x % 4;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j)
-        out[4 * j] = pack_bf16(sums[4 * j + 2 * half] * inverse, sums[4 * j + 2 * half + 1] * inverse);
+        out[4 * j] = Element<T>::pack(sums[4 * j + 2 * half] * inverse, sums[4 * j + 2 * half + 1] * inverse);
       if (call.lse != nullptr && threadIdx.x % 4 == 0)
         call.lse[item.batch * call.lse_batch_stride + item.head * call.lse_head_stride + row] =
             (softmax.maximum[half] + log2f(total)) * kLn2;
@@ -491,10 +485,10 @@ struct Consumer {
   }
 };
 
-template <int kDim, int kWarpgroups>
-__global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1) attend_bf16(const __grid_constant__ Launch launch) {
+template <class T, int kDim, int kWarpgroups>
+__global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1) attend_kernel(const __grid_constant__ Launch launch) {
   extern __shared__ uint8_t memory[];
-  using SharedMemory = Shared<kDim, kWarpgroups>;
+  using SharedMemory = Shared<T, kDim, kWarpgroups>;
   SharedMemory& shared =
       *reinterpret_cast<SharedMemory*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
   if (threadIdx.x == 0) {
@@ -516,34 +510,41 @@ __global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1) attend_bf16(const 
   if (threadIdx.x / 128 == kWarpgroups) {
     registers_down<56>();  // 2 x 224 + 56 = 3 x 168: more than the launch had would wait forever
     const int warp = threadIdx.x / 32 - 4 * kWarpgroups;
-    if (warp == 0) Producer<kDim, kWarpgroups, true>(launch, shared).run();
-    if (warp == 1) Producer<kDim, kWarpgroups, false>(launch, shared).run();
+    if (warp == 0) Producer<T, kDim, kWarpgroups, true>(launch, shared).run();
+    if (warp == 1) Producer<T, kDim, kWarpgroups, false>(launch, shared).run();
   } else {
     registers_up<224>();
-    Consumer<kDim, kWarpgroups>(launch, shared).run();
+    Consumer<T, kDim, kWarpgroups>(launch, shared).run();
   }
 }
 
-template <int kDim, int kWarpgroups>
+template <class T, int kDim, int kWarpgroups>
 int run(Launch& launch, cudaStream_t stream) {
   const SaleCudaGrid& grid = launch.call.grid;
-  using SharedMemory = Shared<kDim, kWarpgroups>;
+  using SharedMemory = Shared<T, kDim, kWarpgroups>;
   const size_t bytes = sizeof(SharedMemory) + 1024;
   static const cudaError_t raised = cudaFuncSetAttribute(
-      attend_bf16<kDim, kWarpgroups>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+      attend_kernel<T, kDim, kWarpgroups>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   const SaleCudaRows& query = launch.call.query;
   const SaleCudaTokens rows{query.data,  query.batch_stride, query.head_stride, query.row_stride,
                             grid.batch, grid.rows,          nullptr,           0,               0};
-  constexpr auto kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
   int made = make_tensor_map(&launch.query, rows, kType, 2, kDim, grid.heads, 64, SharedMemory::kRows, kSwizzle);
   if (made == 0) made = make_tensor_map(&launch.keys, launch.call.keys, kType, 2, kDim, grid.kv_heads, 64, kKeyBlock, kSwizzle);
   if (made == 0) made = make_tensor_map(&launch.values, launch.call.values, kType, 2, kDim, grid.kv_heads, 64, kKeyBlock, kSwizzle);
   if (made != 0) return made;
   const int ctas = launch.items < grid.multiprocessors ? launch.items : grid.multiprocessors;
-  attend_bf16<kDim, kWarpgroups><<<ctas, 128 * (kWarpgroups + 1), bytes, stream>>>(launch);
+  attend_kernel<T, kDim, kWarpgroups><<<ctas, 128 * (kWarpgroups + 1), bytes, stream>>>(launch);
   return cudaGetLastError();
+}
+
+template <class T>
+int run_size(Launch& launch, cudaStream_t stream) {
+  const SaleCudaGrid& grid = launch.call.grid;
+  if (grid.query_block == 128) return grid.head_dim == 128 ? run<T, 128, 2>(launch, stream) : run<T, 64, 2>(launch, stream);
+  return grid.head_dim == 128 ? run<T, 128, 1>(launch, stream) : run<T, 64, 1>(launch, stream);
 }
 
 }  // namespace
@@ -555,7 +556,6 @@ extern "C" int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream) {
   launch.call = *call;
   launch.items = Blocks(call->grid).query_blocks() * call->grid.batch * call->grid.heads;
   const auto at = static_cast<cudaStream_t>(stream);
-  if (call->grid.query_block == 128)
-    return call->grid.head_dim == 128 ? run<128, 2>(launch, at) : run<64, 2>(launch, at);
-  return call->grid.head_dim == 128 ? run<128, 1>(launch, at) : run<64, 1>(launch, at);
+  if (call->grid.dtype == SALE_CUDA_F16) return run_size<__half>(launch, at);
+  return run_size<__nv_bfloat16>(launch, at);
 }
