@@ -55,8 +55,10 @@ struct Place {
 // The unit of a token, and the token's index within it; 32 tokens from a multiple of 32 on share a unit.
 __device__ __forceinline__ Place place_of(const SaleCudaTokens& tokens, int batch, int64_t token) {
   if (tokens.page_table == nullptr) return {batch, token};
-  const int64_t page = token / tokens.unit_tokens;
-  return {tokens.page_table[batch * tokens.page_table_stride + page * tokens.page_table_step], token - page * tokens.unit_tokens};
+  // 32 bits: a division of 64 is a hundred instructions.
+  const uint32_t page = static_cast<uint32_t>(token) / static_cast<uint32_t>(tokens.unit_tokens);
+  return {tokens.page_table[batch * tokens.page_table_stride + page * tokens.page_table_step],
+          token - static_cast<int64_t>(page) * tokens.unit_tokens};
 }
 
 template <class T>

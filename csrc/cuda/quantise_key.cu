@@ -1,8 +1,8 @@
 // Keys to 8-bit codes, bit-identical to `quantise.py`: IEEE division, round half to even, NaN codes 0, NaN or inf in the
 // scale.
 //
-// A thread holds eight neighbouring values (16 bytes). A warp takes one 32-key block: keeps it in registers between the
-// maximum and the codes, so memory is read once and nothing waits for other warps.
+// A thread holds eight neighbouring values (16 bytes). Two warps take one 32-key block and keep it in registers between the
+// maximum and the codes, so memory is read once. One __syncthreads; 8 bytes of shared memory.
 #include "codes.cuh"
 #include "element.cuh"
 #include "layout.cuh"
@@ -10,17 +10,16 @@
 namespace sale::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 2;
 constexpr int kValues = 8;
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(32 * kWarps) quantise_key(const SaleCudaQuantiseKey call, int64_t blocks) {
-  constexpr int kLanes = kDim / kValues, kKeysAtOnce = 32 / kLanes, kTimes = kKeyBlock / kKeysAtOnce;
-  const int lane = threadIdx.x % 32, column = lane % kLanes * kValues, head = blockIdx.y, batch = blockIdx.z;
-  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (index >= blocks) return;
-  const int64_t block = call.start / kKeyBlock + index, tokens = call.grid.offset + call.grid.rows;
-  const int64_t first = block * kKeyBlock + lane / kLanes;
+__global__ void __launch_bounds__(32 * kWarps) quantise_key(const SaleCudaQuantiseKey call) {
+  constexpr int kLanes = kDim / kValues, kKeysAtOnce = 32 * kWarps / kLanes, kTimes = kKeyBlock / kKeysAtOnce;
+  __shared__ uint32_t tops[kWarps];
+  const int column = threadIdx.x % kLanes * kValues, head = blockIdx.y, batch = blockIdx.z;
+  const int64_t block = call.start / kKeyBlock + blockIdx.x, tokens = call.grid.offset + call.grid.rows;
+  const int64_t first = block * kKeyBlock + threadIdx.x / kLanes;
   uint4 raw[kTimes];
 #pragma unroll
   for (int i = 0; i < kTimes; ++i)
@@ -48,7 +47,10 @@ __global__ void __launch_bounds__(32 * kWarps) quantise_key(const SaleCudaQuanti
 #pragma unroll
       for (int j = 0; j < kValues; ++j) top = max(top, magnitude(x[j]));
   }
-  const float scale = scale_of(__reduce_max_sync(0xffffffffu, top)), reciprocal = __frcp_rn(scale);
+  top = __reduce_max_sync(0xffffffffu, top);
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+  const float scale = scale_of(max(tops[0], tops[1])), reciprocal = __frcp_rn(scale);
 #pragma unroll
   for (int i = 0; i < kTimes; ++i) {
     const int64_t token = first + i * kKeysAtOnce;
@@ -57,15 +59,15 @@ __global__ void __launch_bounds__(32 * kWarps) quantise_key(const SaleCudaQuanti
     centred(i, x);
     *reinterpret_cast<uint2*>(token_at<int8_t>(call.codes, batch, head, token) + column) = codes_of(x, scale, reciprocal);
   }
-  if (lane == 0) *token_at<float>(call.scales, batch, head, block) = scale;
+  if (threadIdx.x == 0) *token_at<float>(call.scales, batch, head, block) = scale;
 }
 
 template <class T, int kDim>
 int run(const SaleCudaQuantiseKey& call, cudaStream_t stream) {
   const int64_t tokens = call.grid.offset + call.grid.rows;
   const int64_t blocks = (tokens + kKeyBlock - 1) / kKeyBlock - call.start / kKeyBlock;
-  const dim3 ctas(static_cast<unsigned>((blocks + kWarps - 1) / kWarps), call.grid.kv_heads, call.grid.batch);
-  quantise_key<T, kDim><<<ctas, 32 * kWarps, 0, stream>>>(call, blocks);
+  const dim3 ctas(static_cast<unsigned>(blocks), call.grid.kv_heads, call.grid.batch);
+  quantise_key<T, kDim><<<ctas, 32 * kWarps, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

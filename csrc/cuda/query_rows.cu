@@ -34,17 +34,19 @@ struct Launch {
   int tiles;  // of one KV head
   int ring;   // slots of local blocks; 0: piece by piece
   int slots;  // all of them; in a ring, sink blocks come after the local ones
+  uint32_t zero;
 };
 
 // The key blocks of some rows of one query block: sink blocks [0, sink), then [local, end) up to the last row's diagonal.
 struct Window {
   int sink, local, end;
 
-  __device__ __forceinline__ Window(const Blocks& blocks, int64_t first, int64_t last) {
-    const int64_t present = first > blocks.offset ? first : blocks.offset;
-    end = static_cast<int>(min(last, blocks.tokens) + kKeyBlock - 1) / kKeyBlock;
-    sink = min(blocks.sink_blocks, end);
-    local = max(sink, blocks.local_start(static_cast<int>(present / blocks.query_block) - blocks.first_query_block));
+  __device__ __forceinline__ Window(const SaleCudaGrid& grid, int first, int last) {
+    const int offset = static_cast<int>(grid.offset), tokens = offset + static_cast<int>(grid.rows);
+    const int start = max(first, offset) / grid.query_block * grid.query_block - grid.local_tokens;
+    end = (min(last, tokens) + kKeyBlock - 1) / kKeyBlock;
+    sink = min(grid.sink_blocks, end);
+    local = max(sink, max(start, 0) / kKeyBlock);
   }
   __device__ __forceinline__ int count() const { return sink + max(end - local, 0); }
   __device__ __forceinline__ int block(int i) const { return i < sink ? i : local + i - sink; }
@@ -56,20 +58,21 @@ template <class T, int kDim>
 struct Rows {
   uint32_t a[kDim / 16][4];
 
-  __device__ __forceinline__ void load(const SaleCudaQueryRows& call, int batch, int head, int64_t position) {
+  // `zero` keeps the compiler from leaving the words where the loads put them: it would then gather the four registers
+  // of an operand anew for every product.
+  __device__ __forceinline__ void load(const SaleCudaQueryRows& call, int batch, int head, int position, uint32_t zero) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Rows that are not there repeat one that is.
-      const int64_t row = min(max(static_cast<long long>(position + 8 * half - call.grid.offset), 0LL),
-                              static_cast<long long>(call.grid.rows - 1));
+      const int row = min(max(position + 8 * half - static_cast<int>(call.grid.offset), 0), static_cast<int>(call.grid.rows) - 1);
       const T* source = row_at<const T>(call.query, batch, head, row) + threadIdx.x % 4 * 8;
 #pragma unroll
       for (int c = 0; c < kDim / 32; ++c) {
         const uint4 raw = __ldg(reinterpret_cast<const uint4*>(source + 32 * c));
-        a[2 * c][half] = raw.x;
-        a[2 * c][half + 2] = raw.y;
-        a[2 * c + 1][half] = raw.z;
-        a[2 * c + 1][half + 2] = raw.w;
+        a[2 * c][half] = raw.x ^ zero;
+        a[2 * c][half + 2] = raw.y ^ zero;
+        a[2 * c + 1][half] = raw.z ^ zero;
+        a[2 * c + 1][half + 2] = raw.w ^ zero;
       }
     }
   }
@@ -95,7 +98,7 @@ struct LogSumExp {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += exp2_fast(fmaf(x[i], scale, shift));
-    total = fmaf(total, exp2_fast(fmaf(top, scale, shift)), sum);
+    total = fmaf(total, exp2_fast((top - most) * scale), sum);
     top = most;
   }
   __device__ __forceinline__ float of_quad(float scale, float centre) {
@@ -111,36 +114,39 @@ struct LogSumExp {
   }
 };
 
-template <class T, int kDim>
+template <class T, int kDim, bool kRing>
 struct Cta {
   static constexpr int kPieces = kDim / 8;  // of 16 bytes in a row
 
   const Launch& launch;
   const SaleCudaQueryRows& call = launch.call;
-  const Blocks blocks{launch.call.grid};
+  const SaleCudaGrid& grid = launch.call.grid;
+  const int offset = static_cast<int>(launch.call.grid.offset);
+  const int tokens = offset + static_cast<int>(launch.call.grid.rows);
   const int group = launch.call.grid.heads / launch.call.grid.kv_heads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint4* keys;     // [slot][key][piece]
-  float* centre;   // [kDim]
+  uint4* keys;    // [slot][key][piece]
+  float* centre;  // [kDim]
   int batch = 0, kv_head = 0;
 
-  __device__ __forceinline__ int64_t tile_start(int tile) const {
-    return (blocks.offset / kTileRows + tile) * kTileRows;
-  }
+  __device__ __forceinline__ int tile_start(int tile) const { return (offset / kTileRows + tile) * kTileRows; }
 
   __device__ __forceinline__ void fetch(int block, int slot) const {
-    for (int i = threadIdx.x; i < kKeyBlock * kPieces; i += 32 * kWarps) {
-      const int key = i / kPieces, piece = i % kPieces;
-      const int64_t token = int64_t{block} * kKeyBlock + key;
-      const bool present = token < blocks.tokens;
-      const T* source = token_at<const T>(call.keys, batch, kv_head, present ? token : blocks.tokens - 1) + piece * 8;
-      copy_async(keys + (slot * kKeyBlock + key) * kPieces + (piece ^ (key & 1) * 4), source, present);
+    const int piece = threadIdx.x % kPieces;
+    const T* source = token_at<const T>(call.keys, batch, kv_head, block * kKeyBlock) + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kKeyBlock * kPieces / (32 * kWarps); ++i) {
+      const int key = threadIdx.x / kPieces + i * (32 * kWarps / kPieces);
+      const bool present = block * kKeyBlock + key < tokens;
+      copy_async(keys + (slot * kKeyBlock + key) * kPieces + (piece ^ (key & 1) * 4),
+                 source + (present ? key * call.keys.token_stride : 0), present);
     }
   }
 
   __device__ __forceinline__ void load_centre() const {
+    if (call.centre == nullptr) return;
     for (int i = threadIdx.x; i < kDim; i += 32 * kWarps)
-      centre[i] = call.centre[(static_cast<int64_t>(batch) * call.grid.kv_heads + kv_head) * kDim + i];
+      centre[i] = call.centre[(static_cast<int64_t>(batch) * grid.kv_heads + kv_head) * kDim + i];
   }
 
   __device__ __forceinline__ float centre_product(const Rows<T, kDim>& rows, int half) const {
@@ -159,7 +165,7 @@ struct Cta {
   }
 
   // One block of keys, in `slot`, against a warp's rows, of which the first stands at `first`.
-  __device__ __forceinline__ void attend(const Rows<T, kDim>& rows, int block, int slot, int64_t first,
+  __device__ __forceinline__ void attend(const Rows<T, kDim>& rows, int block, int slot, int first,
                                          LogSumExp (&sums)[2]) const {
     const float scale = call.scale * kLog2E;
     const int g = lane / 4, t = lane % 4;
@@ -176,14 +182,14 @@ struct Cta {
 #pragma unroll
       for (int n = 0; n < 4; ++n) Element<T>::multiply(scores[n], rows.a[2 * c + 1], b[n].z, b[n].w);
     }
-    const int64_t key = int64_t{block} * kKeyBlock;
+    const int key = block * kKeyBlock;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float x[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] = scores[j / 2][2 * half + j % 2];
       if (key + kKeyBlock > first) {  // some row of the warp sees not all
-        const int visible = static_cast<int>(first - key) + g + 8 * half - 2 * t;
+        const int visible = first - key + g + 8 * half - 2 * t;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
           if (j / 2 * 8 + j % 2 > visible) x[j] = -INFINITY;
@@ -193,12 +199,13 @@ struct Cta {
   }
 
   // Codes, scales, log-sum-exp and thresholds of a warp's rows.
-  __device__ __forceinline__ void write(const Rows<T, kDim>& rows, int head, int64_t position, LogSumExp (&sums)[2]) const {
-    const int64_t plane = (static_cast<int64_t>(batch) * call.grid.heads + head) * call.grid.rows;
+  __device__ __forceinline__ void write(const Rows<T, kDim>& rows, int head, int position, LogSumExp (&sums)[2]) const {
+    const int64_t plane = (static_cast<int64_t>(batch) * grid.heads + head) * grid.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = position + 8 * half, row = plane + at - blocks.offset;
-      const bool present = at >= blocks.offset && at < blocks.tokens;
+      const int at = position + 8 * half;
+      const int64_t row = plane + at - offset;
+      const bool present = at >= offset && at < tokens;
       const float row_scale = quantise(rows, half, row, present);
       if (call.lse == nullptr && call.thresholds == nullptr) continue;
       const float lse = sums[half].of_quad(call.scale * kLog2E, centre_product(rows, half));
@@ -231,48 +238,59 @@ struct Cta {
   }
 
   // This warp's first row in the tile, for the i-th head: alternating, so that long and short windows even out.
-  __device__ __forceinline__ int64_t warp_start(int tile, int member) const {
+  __device__ __forceinline__ int warp_start(int tile, int member) const {
     return tile_start(tile) + (member % 2 ? kWarps - 1 - warp : warp) * kWarpRows;
   }
 
-  __device__ __forceinline__ bool is_absent(int64_t first) const {
-    return first + kWarpRows <= blocks.offset || first >= blocks.tokens;
+  __device__ __forceinline__ bool is_absent(int first) const {
+    return first + kWarpRows <= offset || first >= tokens;
   }
 
   // All heads of a tile whose keys are in the ring.
   __device__ __forceinline__ void ring_tile(int tile) const {
+#pragma unroll 1
     for (int member = 0; member < group; ++member) {
-      const int64_t first = warp_start(tile, member);
+      const int first = warp_start(tile, member);
       if (is_absent(first)) continue;
       const int head = kv_head * group + member;
       Rows<T, kDim> rows;
-      rows.load(call, batch, head, first + lane / 4);
+      rows.load(call, batch, head, first + lane / 4, launch.zero);
       LogSumExp sums[2];
-      const Window window(blocks, first, first + kWarpRows);
+      const Window window(grid, first, first + kWarpRows);
+#pragma unroll 1
       for (int block = 0; block < window.sink; ++block) attend(rows, block, launch.ring + block, first, sums);
-      for (int block = window.local; block < window.end; ++block) attend(rows, block, block % launch.ring, first, sums);
+      int slot = window.local % launch.ring;
+#pragma unroll 1
+      for (int block = window.local; block < window.end; ++block) {
+        attend(rows, block, slot, first, sums);
+        slot = slot + 1 == launch.ring ? 0 : slot + 1;
+      }
       write(rows, head, first + lane / 4, sums);
     }
   }
 
   // The same with as many blocks at a time as there are slots; none where only codes are wanted.
   __device__ __forceinline__ void piecewise_tile(int tile, bool wants_keys) const {
-    const int64_t start = tile_start(tile);
-    const Window all(blocks, start, start + kTileRows);
+    const int start = tile_start(tile);
+    const Window all(grid, start, start + kTileRows);
+#pragma unroll 1
     for (int member = 0; member < group; ++member) {
-      const int64_t first = warp_start(tile, member);
+      const int first = warp_start(tile, member);
       const int head = kv_head * group + member;
       Rows<T, kDim> rows;
-      rows.load(call, batch, head, first + lane / 4);
+      rows.load(call, batch, head, first + lane / 4, launch.zero);
       LogSumExp sums[2];
-      const Window window(blocks, first, first + kWarpRows);
+      const Window window(grid, first, first + kWarpRows);
+#pragma unroll 1
       for (int done = 0; wants_keys && done < all.count(); done += launch.slots) {
         const int count = min(launch.slots, all.count() - done);
         __syncthreads();
+#pragma unroll 1
         for (int i = 0; i < count; ++i) fetch(all.block(done + i), i);
         copy_commit();
         copy_wait<0>();
         __syncthreads();
+#pragma unroll 1
         for (int i = 0; i < count; ++i)
           if (window.has(all.block(done + i)) && !is_absent(first)) attend(rows, all.block(done + i), i, first, sums);
       }
@@ -282,29 +300,32 @@ struct Cta {
 
   __device__ __forceinline__ void enter_head(int head_number) {
     __syncthreads();  // everyone is done with the last head's keys
-    batch = head_number / call.grid.kv_heads;
-    kv_head = head_number % call.grid.kv_heads;
+    batch = head_number / grid.kv_heads;
+    kv_head = head_number % grid.kv_heads;
     load_centre();
   }
 
   __device__ void run() {
-    const int64_t units = int64_t{launch.tiles} * call.grid.kv_heads * call.grid.batch;
-    const int64_t begin = units * blockIdx.x / gridDim.x, end = units * (blockIdx.x + 1) / gridDim.x;
+    const int units = launch.tiles * grid.kv_heads * grid.batch;
+    const int begin = static_cast<int>(int64_t{units} * blockIdx.x / gridDim.x);
+    const int end = static_cast<int>(int64_t{units} * (blockIdx.x + 1) / gridDim.x);
     const bool wants_keys = call.lse != nullptr || call.thresholds != nullptr;
     int present = 0;  // local blocks in the ring end here
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int tile = static_cast<int>(unit % launch.tiles);
+    for (int unit = begin; unit < end; ++unit) {
+      const int tile = unit % launch.tiles;
       const bool enters = unit == begin || tile == 0;
-      if (enters) enter_head(static_cast<int>(unit / launch.tiles));
-      if (launch.ring == 0) {
+      if (enters) enter_head(unit / launch.tiles);
+      if constexpr (!kRing) {
         if (enters) __syncthreads();
         piecewise_tile(tile, wants_keys);
         continue;
       }
-      const int64_t start = tile_start(tile);
-      const Window window(blocks, start, start + kTileRows);
+      const int start = tile_start(tile);
+      const Window window(grid, start, start + kTileRows);
       if (enters) {
+#pragma unroll 1
         for (int block = 0; block < window.sink; ++block) fetch(block, launch.ring + block);
+#pragma unroll 1
         for (int block = window.local; block < window.end; ++block) fetch(block, block % launch.ring);
         copy_commit();
         present = window.end;
@@ -312,7 +333,8 @@ struct Cta {
       copy_wait<0>();
       __syncthreads();
       if (unit + 1 < end && tile + 1 < launch.tiles) {
-        const Window next(blocks, start + kTileRows, start + 2 * kTileRows);
+        const Window next(grid, start + kTileRows, start + 2 * kTileRows);
+#pragma unroll 1
         for (int block = max(present, next.local); block < next.end; ++block) fetch(block, block % launch.ring);
         copy_commit();
         present = next.end;
@@ -322,11 +344,11 @@ struct Cta {
   }
 };
 
-template <class T, int kDim>
+template <class T, int kDim, bool kRing>
 __global__ void __launch_bounds__(32 * kWarps, 2) query_rows(const __grid_constant__ Launch launch) {
   extern __shared__ uint4 memory[];
   __shared__ alignas(16) float centre[kDim];
-  Cta<T, kDim> cta{launch};
+  Cta<T, kDim, kRing> cta{launch};
   cta.keys = memory;
   cta.centre = centre;
   cta.run();
@@ -346,15 +368,15 @@ int run(Launch& launch, cudaStream_t stream) {
   if (launch.ring < local_blocks) launch.ring = 0;
   const bool wants_keys = launch.call.lse != nullptr || launch.call.thresholds != nullptr;
   if (!wants_keys) launch.ring = 0;
-  const int bytes = wants_keys ? launch.slots * kBlockBytes : 0;
-  const cudaError_t raised =
-      cudaFuncSetAttribute(query_rows<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.slots * kBlockBytes);
-  if (raised != cudaSuccess) return raised;
   const int64_t first = grid.offset / kTileRows, last = (grid.offset + grid.rows + kTileRows - 1) / kTileRows;
   launch.tiles = static_cast<int>(last - first);
   const int64_t units = int64_t{launch.tiles} * grid.kv_heads * grid.batch, resident = 2 * grid.multiprocessors;
   const int ctas = static_cast<int>(units < resident ? units : resident);
-  query_rows<T, kDim><<<ctas, 32 * kWarps, bytes, stream>>>(launch);
+  const auto kernel = launch.ring > 0 ? query_rows<T, kDim, true> : query_rows<T, kDim, false>;
+  const int bytes = wants_keys ? launch.slots * kBlockBytes : 0;
+  const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (raised != cudaSuccess) return raised;
+  kernel<<<ctas, 32 * kWarps, bytes, stream>>>(launch);
   return cudaGetLastError();
 }
 

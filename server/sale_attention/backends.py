@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import HeadPlan, LayerPolicy, SaleConfig
 from .geometry import BlockGrid
 from .kv_view import KvView
-from .quantise import KeyCodes, QueryCodes
+from .quantise import KeyCodes, QueryCodes, default_key_centre
 from .select import Selection
 from .sink_local import row_thresholds
 
@@ -53,6 +53,10 @@ class AttentionBackend(ABC):
     def supports(self, request: AttentionRequest) -> str | None:
         """None if this backend can run `request`, else the reason in words; the caller then runs it dense."""
 
+    def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
+        """Mean of the first keys, float32 `[B, Hkv, d]`; see `quantise.default_key_centre`."""
+        return default_key_centre(kv, config)
+
     @abstractmethod
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """Row codes of `[B, H, Nq, d]`, bit-identical to `quantise.quantise_query`."""
@@ -75,7 +79,7 @@ class AttentionBackend(ABC):
         log_tau: Tensor,
         scale: float,
     ) -> tuple[QueryCodes, Tensor]:
-        """What `select` needs of the queries: codes, and thresholds float32 `[B, H, Nq]` as `row_thresholds` makes them.
+        """What `select` needs of the queries: codes, and thresholds float32 `[B, H, Nq]` as of `row_thresholds`.
 
         By default the two phases above, one after the other; a backend may do both in one pass over the queries.
         """

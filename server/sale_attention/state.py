@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import LayerPolicy, SaleConfig
 from .kv_view import KvView
-from .quantise import KeyCodes, default_key_centre
+from .quantise import KeyCodes
 
 if TYPE_CHECKING:
     from .backends import AttentionBackend
@@ -72,7 +72,7 @@ class LayerState:
             ValueError: where `kv` or `config` cannot belong to the session this state was made for.
         """
         if self._centre is None:
-            self._centre, self._centre_from_keys = initial_key_centre(kv, policy, config)
+            self._centre, self._centre_from_keys = initial_key_centre(kv, policy, config, backend)
             self._code_bits = config.code_bits
         self._check_same_session(kv, config)
         codes, scales = self._reserve(kv, config)
@@ -112,14 +112,16 @@ class LayerState:
         return self._codes, self._scales
 
 
-def initial_key_centre(kv: KvView, policy: LayerPolicy, config: SaleConfig) -> tuple[Tensor, int]:
+def initial_key_centre(
+    kv: KvView, policy: LayerPolicy, config: SaleConfig, backend: AttentionBackend
+) -> tuple[Tensor, int]:
     """The centre a session starts with, float32 `[B, Hkv, d]`, and how many leading keys it was taken from.
 
     Any constant serves (softmax does not change), so the profile's centre where there is one, else the mean of the
     first keys. Held for the session's life: codes of old keys stay valid through chunks and appends.
     """
     if policy.key_centre is None:
-        return default_key_centre(kv, config), min(config.centre_tokens, kv.tokens)
+        return backend.key_centre(kv, config), min(config.centre_tokens, kv.tokens)
     centre = policy.key_centre.to(kv.device, torch.float32)
     if tuple(centre.shape) != (kv.kv_heads, kv.head_dim):
         raise ValueError(

@@ -489,8 +489,7 @@ template <class T, int kDim, int kWarpgroups>
 __global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1) attend_kernel(const __grid_constant__ Launch launch) {
   extern __shared__ uint8_t memory[];
   using SharedMemory = Shared<T, kDim, kWarpgroups>;
-  SharedMemory& shared =
-      *reinterpret_cast<SharedMemory*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(aligned(memory));
   if (threadIdx.x == 0) {
     barrier_init(&shared.query_full, 1);
     barrier_init(&shared.query_free, 4 * kWarpgroups);

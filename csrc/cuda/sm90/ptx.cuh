@@ -24,6 +24,20 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// On the barrier at the same place in the shared memory of CTA `cta` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t cta) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(cta)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
   asm volatile(
       "{\n"
@@ -45,6 +59,15 @@ __device__ __forceinline__ void tensor_load(void* target, const CUtensorMap* map
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
           "r"(shared_address(target)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(token), "r"(head), "r"(unit)
+      : "memory");
+}
+// The same into every CTA of the cluster that `ctas` has a bit for, at the same place, with the same barrier of each.
+__device__ __forceinline__ void tensor_load_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int column,
+                                                      int token, int head, int unit, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(token), "r"(head), "r"(unit), "h"(ctas)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
@@ -70,6 +93,9 @@ template <int kLeft>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
+
+// The next multiple of 1024 in shared memory, by an addition: a cast through an integer would make every access generic.
+__device__ __forceinline__ uint8_t* aligned(uint8_t* memory) { return memory + (-shared_address(memory) & 1023u); }
 
 // `descriptor` moved on by `bytes`, a multiple of 16 that stays within shared memory: an addition to its lower half.
 __device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint32_t bytes) {

@@ -21,7 +21,23 @@ constexpr int kTileBlocks = kTileKeys / kKeyBlock;
 constexpr int kWordTiles = 32 / kTileBlocks;
 constexpr int kTileRows = 64;
 constexpr int kWarpRows = 16;
-constexpr int kStages = 4;
+#ifndef SELECT_STAGES
+#define SELECT_STAGES 4
+#endif
+#ifndef SELECT_CLUSTER
+#define SELECT_CLUSTER 2
+#endif
+#ifndef SELECT_SHARED
+#define SELECT_SHARED 1
+#endif
+#ifndef SELECT_TURN
+#define SELECT_TURN 2
+#endif
+#ifndef SELECT_ORDER
+#define SELECT_ORDER 1
+#endif
+constexpr int kStages = SELECT_STAGES;
+constexpr int kCluster = SELECT_CLUSTER;  // CTAs that share tiles of keys, each fetching its part for all
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kMaxHeads = 512;
 
@@ -40,9 +56,13 @@ struct Launch {
 template <int kDim>
 struct Shared {
   alignas(1024) int8_t keys[kStages][kTileKeys * kDim];
+#if SELECT_SHARED
+  alignas(1024) int8_t queries[kWarpgroups][kTileRows * kDim];
+#endif
   alignas(16) float scales[kStages][kTileBlocks];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  int first_tile, end_tile;  // of keys; here rather than in registers, which the setting-up of a role needs
 };
 
 // What a CTA shares: units, row tile by row tile from the last one (which sees most keys), head by head.
@@ -58,18 +78,20 @@ struct Work {
     members = 0;
     for (int i = 0; i < group; ++i) members += launch.strides[kv_head * group + i] == launch.head_stride;
     tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-    first_unit = blockIdx.x / launch.segments * kWarpgroups;
+    const int pair = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
+    const int leader_unit = pair / launch.segments * kCluster * kWarpgroups;  // sees the most keys of the cluster
+    first_unit = leader_unit + rank * kWarpgroups;
     first_tile = end_tile = 0;
-    if (first_unit >= tiles * members) return;
+    if (leader_unit >= tiles * members) return;
     const Blocks blocks(grid);
-    const int last_row = (tiles - first_unit / members) * kTileRows * launch.stride - 1;
+    const int last_row = (tiles - leader_unit / members) * kTileRows * launch.stride - 1;
     const int index = launch.first_block + min(last_row / grid.query_block, launch.blocks - 1);
     const int end = blocks.selectable_end(index);
     if (end <= blocks.sink_blocks) return;
     // Segments are whole mask words.
     const int key_tiles = (end + kTileBlocks - 1) / kTileBlocks, words = (key_tiles + kWordTiles - 1) / kWordTiles;
     const int each = (words + launch.segments - 1) / launch.segments * kWordTiles;
-    first_tile = blockIdx.x % launch.segments * each;
+    first_tile = pair % launch.segments * each;
     end_tile = min(first_tile + each, key_tiles);
   }
   __device__ int head(const Launch& launch, int unit) const {
@@ -84,28 +106,37 @@ struct Work {
 template <int kDim>
 __device__ __forceinline__ void produce(const Launch& launch, const Work& work, Shared<kDim>& shared) {
   const SaleCudaTokens& codes = launch.call.key_codes;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
   const auto scale_of = [&](int tile) {
     // Blocks past the last one: nobody looks at them; their page exists.
     const int block = min(tile * kTileBlocks + lane, last);
     return lane < kTileBlocks ? *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, block) : 0.0f;
   };
-  float scale = scale_of(work.first_tile);
-  for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
-    const int turn = tile - work.first_tile, stage = turn % kStages;
+  float scale = scale_of(first_tile);
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    const int turn = tile - first_tile, stage = turn % kStages;
     const float next_scale = scale_of(tile + 1);
     barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
     if (lane < kTileBlocks) shared.scales[stage][lane] = scale;
     __syncwarp();
     if (lane == 0) {
       barrier_expect(&shared.full[stage], kTileKeys * kDim);
-      for (int key = 0; key < kTileKeys; key += launch.box_tokens) {
-        const int block = tile * kTileBlocks + key / kKeyBlock;
-        const int present = codes.page_table == nullptr ? block : min(block, last);
-        const Place place = place_of(codes, work.batch, static_cast<int64_t>(present) * kKeyBlock);
-        tensor_load(shared.keys[stage] + key * kDim, &launch.codes, &shared.full[stage], 0, static_cast<int>(place.token),
-                    work.kv_head, static_cast<int>(place.unit));
+      constexpr int kShare = kTileKeys / kCluster;
+      const int first_key = static_cast<int>(blockIdx.x) % kCluster * kShare;
+#pragma unroll 1
+      for (int key = first_key; key < first_key + kShare; key += launch.box_tokens) {
+        int8_t* target = shared.keys[stage] + key * kDim;
+        int unit = work.batch, token = tile * kTileKeys + key;
+        if (codes.page_table != nullptr) {
+          const Place place = place_of(codes, work.batch, min(token, last * kKeyBlock));
+          unit = static_cast<int>(place.unit);
+          token = static_cast<int>(place.token);
+        }
+        if (kCluster == 1)
+          tensor_load(target, &launch.codes, &shared.full[stage], 0, token, work.kv_head, unit);
+        else
+          tensor_load_multicast(target, &launch.codes, &shared.full[stage], 0, token, work.kv_head, unit, (1 << kCluster) - 1);
       }
     }
     scale = next_scale;
@@ -115,12 +146,14 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
 // One warp's voting rows: which query block they decide for, and this thread's two rows (g and g + 8 of wgmma's layout).
 template <int kDim>
 struct Voters {
+#if !SELECT_SHARED
   uint32_t codes[kDim / 32][4];
+#endif
   float thresholds[2];
   uint32_t* words = nullptr;  // null: nobody votes
   int selectable_end = 0;
 
-  __device__ Voters(const Launch& launch, const Work& work, int unit, int warp, int lane) {
+  __device__ Voters(const Launch& launch, const Work& work, int unit, int warp, int lane, int8_t* queries) {
     if (unit >= work.tiles * work.members) return;
     const SaleCudaSelect& call = launch.call;
     const SaleCudaGrid& grid = call.grid;
@@ -143,13 +176,26 @@ struct Voters {
       const int voter = min(max(lane / 4 + 8 * half, low), high - 1);
       const int64_t row = plane + position - blocks.offset + static_cast<int64_t>(voter) * launch.stride;
       thresholds[half] = call.thresholds[row];
+#if !SELECT_SHARED
       const int8_t* source = call.query_codes + row * kDim + lane % 4 * 4;
 #pragma unroll
       for (int step = 0; step < kDim / 32; ++step) {
         codes[step][half] = *reinterpret_cast<const uint32_t*>(source + step * 32);
         codes[step][half + 2] = *reinterpret_cast<const uint32_t*>(source + step * 32 + 16);
       }
+#endif
     }
+#if SELECT_SHARED
+    constexpr int kPieces = kDim / 16;
+#pragma unroll
+    for (int i = lane; i < kWarpRows * kPieces; i += 32) {
+      const int r = i / kPieces, piece = i % kPieces, voter = min(max(r, low), high - 1);
+      const int64_t row = plane + position - blocks.offset + static_cast<int64_t>(voter) * launch.stride;
+      const int swizzled = kDim == 128 ? piece ^ (r & 7) : piece ^ (r / 2 & 3);
+      *reinterpret_cast<uint4*>(queries + (warp * kWarpRows + r) * kDim + swizzled * 16) =
+          *reinterpret_cast<const uint4*>(call.query_codes + row * kDim + piece * 16);
+    }
+#endif
     selectable_end = blocks.selectable_end(index);
     words = call.words +
             ((static_cast<int64_t>(work.batch) * grid.heads + head) * blocks.query_blocks() + index) * call.mask_words;
@@ -181,27 +227,59 @@ __device__ __forceinline__ uint32_t passing(const int32_t (&sums)[64], const flo
 template <int kDim>
 __device__ __forceinline__ void consume(const Launch& launch, const Work& work, Shared<kDim>& shared, int warpgroup) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const Voters<kDim> voters(launch, work, work.first_unit + warpgroup, warp, lane);
+#if SELECT_SHARED
+  const Voters<kDim> voters(launch, work, work.first_unit + warpgroup, warp, lane, shared.queries[warpgroup]);
+  proxy_fence();
+  named_sync(1 + warpgroup, 128);
+#else
+  const Voters<kDim> voters(launch, work, work.first_unit + warpgroup, warp, lane, nullptr);
+#endif
+#if SELECT_ORDER
+  if (warpgroup == kWarpgroups - 1) named_arrive(5, 256);
+#endif
+  const int first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int sink = launch.call.grid.sink_blocks;
   constexpr int kSwizzle = kDim == 128 ? 1 : 2;
+  warpgroup = uniform(warpgroup);
   const uint64_t first_keys = matrix_descriptor(shared.keys[0], 16, 8 * kDim, kSwizzle);
+#if SELECT_SHARED
+  const uint64_t queries = moved(matrix_descriptor(shared.queries[0], 16, 8 * kDim, kSwizzle), warpgroup * (kTileRows * kDim));
+#endif
   uint32_t word = 0;
-  for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
-    const int turn = tile - work.first_tile, stage = turn % kStages;
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    const int turn = tile - first_tile, stage = turn % kStages;
     int32_t sums[64];
     barrier_wait(&shared.full[stage], turn / kStages & 1);
-    // Descriptors count 16-byte units.
-    const uint64_t keys = first_keys + stage * (kTileKeys * kDim / 16);
+    const uint64_t keys = moved(first_keys, uniform(stage) * (kTileKeys * kDim));
+#if SELECT_ORDER
+    named_sync(5 + warpgroup, 256);
+#endif
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kDim / 32; ++step) wgmma_s8_n128(sums, voters.codes[step], keys + step * 2, step > 0);
+    for (int step = 0; step < kDim / 32; ++step) {
+#if SELECT_SHARED
+      wgmma_s8_shared(sums, moved(queries, step * 32), moved(keys, step * 32), step > 0);
+#else
+      wgmma_s8_n128(sums, voters.codes[step], moved(keys, step * 32), step > 0);
+#endif
+#if SELECT_TURN
+      wgmma_commit();
+#endif
+    }
+#if SELECT_TURN
+    wgmma_wait<SELECT_TURN>();
+#else
     wgmma_commit();
+#endif
+#if SELECT_ORDER
+    named_arrive(5 + (warpgroup + 1) % kWarpgroups, 256);
+#endif
     const float4 scales = *reinterpret_cast<const float4*>(shared.scales[stage]);
     wgmma_wait<0>();
     __syncwarp();  // every lane has read the scales
-    if (lane == 0) barrier_arrive(&shared.empty[stage]);
+    if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
     word |= passing(sums, voters.thresholds, scales) << (tile % kWordTiles * kTileBlocks);
-    if (tile % kWordTiles == kWordTiles - 1 || tile == work.end_tile - 1) {
+    if (tile % kWordTiles == kWordTiles - 1 || tile == end_tile - 1) {
       const int first = tile / kWordTiles * 32;
       word &= bits_below(voters.selectable_end - first) & ~bits_below(sink - first);
       if (lane == 0 && word != 0 && voters.words != nullptr) atomicOr(voters.words + tile / kWordTiles, word);
@@ -211,27 +289,31 @@ __device__ __forceinline__ void consume(const Launch& launch, const Work& work, 
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads, 1) select_s8(const __grid_constant__ Launch launch) {
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) select_s8(const __grid_constant__ Launch launch) {
   extern __shared__ uint8_t memory[];
-  Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(aligned(memory));
   const Work work(launch);
   if (work.first_tile >= work.end_tile) return;
   if (threadIdx.x == 0) {
     prefetch_map(&launch.codes);
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], 4 * kWarpgroups);
+      barrier_init(&shared.empty[stage], 4 * kWarpgroups * kCluster);
     }
     barrier_init_fence();
+    shared.first_tile = work.first_tile;
+    shared.end_tile = work.end_tile;
   }
-  __syncthreads();
+  cluster_sync();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kWarpgroups) {
     registers_down<32>();  // 4 x 112 + 32 = 5 x 96: more than the launch had would wait forever
     if (threadIdx.x < 128 * kWarpgroups + 32) produce<kDim>(launch, work, shared);
+    cluster_sync();  // until then another CTA may write here
   } else {
     registers_up<112>();
     consume<kDim>(launch, work, shared, warpgroup);
+    cluster_sync();
   }
 }
 
@@ -243,7 +325,8 @@ int run(const Launch& launch, int most_members, cudaStream_t stream) {
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   const int tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-  const int along_rows = (tiles * most_members + kWarpgroups - 1) / kWarpgroups;
+  constexpr int kUnits = kWarpgroups * kCluster;
+  const int along_rows = (tiles * most_members + kUnits - 1) / kUnits * kCluster;
   const int64_t ctas = static_cast<int64_t>(along_rows) * grid.kv_heads * grid.batch;
   Launch split = launch;
   split.segments = static_cast<int>((2 * grid.multiprocessors + ctas - 1) / ctas);  // 1 where there are plenty
@@ -270,7 +353,7 @@ extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
   Launch launch{};
   launch.call = *call;
   const bool paged = call->key_codes.page_table != nullptr;
-  launch.box_tokens = paged ? kKeyBlock : kTileKeys;
+  launch.box_tokens = paged ? kKeyBlock : kTileKeys / kCluster;
   const int made = make_tensor_map(&launch.codes, call->key_codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, grid.head_dim,
                                    grid.kv_heads, grid.head_dim, launch.box_tokens,
                                    grid.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);

@@ -47,6 +47,13 @@ struct SaleCudaGrid {
   int32_t dtype;  // SaleCudaDtype of query, keys, values and output
 };
 
+struct SaleCudaKeyCentre {
+  SaleCudaGrid grid;
+  SaleCudaTokens keys;
+  float* centre;   // [batch, kv_heads, head_dim]
+  int64_t tokens;  // of which the mean is taken
+};
+
 struct SaleCudaQuantiseKey {
   SaleCudaGrid grid;
   SaleCudaTokens keys;
@@ -100,6 +107,7 @@ struct SaleCudaAttend {
 
 int32_t sale_cuda_abi();
 // Each returns a cudaError_t, or -1 - CUresult where a tensor map could not be made; nothing waits for the device.
+int32_t sale_cuda_key_centre(const SaleCudaKeyCentre* call, void* stream);
 int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_query_rows(const SaleCudaQueryRows* call, void* stream);
 int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);

@@ -67,6 +67,12 @@ class Grid(ctypes.Structure):
     ]
 
 
+class KeyCentre(ctypes.Structure):
+    """SaleCudaKeyCentre."""
+
+    _fields_ = [("grid", Grid), ("keys", Tokens), ("centre", c_void_p), ("tokens", c_int64)]
+
+
 class QuantiseKey(ctypes.Structure):
     """SaleCudaQuantiseKey."""
 
@@ -134,6 +140,7 @@ class Attend(ctypes.Structure):
 
 
 CALLS: dict[str, type[ctypes.Structure]] = {
+    "key_centre": KeyCentre,
     "quantise_key": QuantiseKey,
     "query_rows": QueryRows,
     "select": Select,

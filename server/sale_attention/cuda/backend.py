@@ -56,6 +56,18 @@ class CudaBackend(ReferenceBackend):
         covered = sample.is_cuda and dtype in _DTYPES and head_dim in _HEAD_DIMS and value_dim == head_dim
         return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None
 
+    def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
+        """See `quantise.default_key_centre`."""
+        native = self._native(kv.keys, kv.head_dim, kv.head_dim, kv.dtype)
+        if native is None:
+            return super().key_centre(kv, config)
+        keys = _aligned(kv.keys)
+        centre = torch.empty(kv.batch, kv.kv_heads, kv.head_dim, device=kv.device)
+        tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
+        call = abi.KeyCentre(_key_grid(kv), tokens, centre.data_ptr(), min(config.centre_tokens, kv.tokens))
+        library.call(native, "key_centre", call, kv.device)
+        return centre
+
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """See `quantise.quantise_query`."""
         native = self._native(query, query.shape[3], query.shape[3], query.dtype)
@@ -70,11 +82,8 @@ class CudaBackend(ReferenceBackend):
             super().quantise_key_range(kv, config, start, out)
             return
         keys, centre = _aligned(kv.keys), out.centre.contiguous()
-        grid = abi.Grid(
-            kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype]
-        )
         tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
-        call = abi.QuantiseKey(grid, tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
+        call = abi.QuantiseKey(_key_grid(kv), tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
         library.call(native, "quantise_key", call, kv.device)
 
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
@@ -263,6 +272,11 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
         _multiprocessors(query.device),
         abi.DTYPES.get(query.dtype, 0),
     )
+
+
+def _key_grid(kv: KvView) -> abi.Grid:
+    """Keys alone, without queries."""
+    return abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
 
 
 @functools.cache
