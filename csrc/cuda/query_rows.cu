@@ -90,14 +90,15 @@ struct Rows {
 struct LogSumExp {
   float top = -1.0e30f, total = 0.0f;
 
+  // As a tree: sixteen warps do not hide the latency of a chain.
   __device__ __forceinline__ void take(const float (&x)[8], float scale) {
-    float most = top;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) most = fmaxf(most, x[i]);
+    const float pairs[4] = {fmaxf(x[0], x[1]), fmaxf(x[2], x[3]), fmaxf(x[4], x[5]), fmaxf(x[6], x[7])};
+    const float most = fmaxf(fmaxf(fmaxf(pairs[0], pairs[1]), fmaxf(pairs[2], pairs[3])), top);
     const float shift = -most * scale;
-    float sum = 0.0f;
+    float e[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += exp2_fast(fmaf(x[i], scale, shift));
+    for (int i = 0; i < 8; ++i) e[i] = exp2_fast(fmaf(x[i], scale, shift));
+    const float sum = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
     total = fmaf(total, exp2_fast((top - most) * scale), sum);
     top = most;
   }
@@ -183,17 +184,19 @@ struct Cta {
       for (int n = 0; n < 4; ++n) Element<T>::multiply(scores[n], rows.a[2 * c + 1], b[n].z, b[n].w);
     }
     const int key = block * kKeyBlock;
+    if (key + kKeyBlock > first) {  // some row of the warp sees not all
+      const int visible = first - key + g - 2 * t;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * n + i % 2 > visible + i / 2 * 8) scores[n][i] = -INFINITY;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float x[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] = scores[j / 2][2 * half + j % 2];
-      if (key + kKeyBlock > first) {  // some row of the warp sees not all
-        const int visible = first - key + g + 8 * half - 2 * t;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (j / 2 * 8 + j % 2 > visible) x[j] = -INFINITY;
-      }
       sums[half].take(x, scale);
     }
   }

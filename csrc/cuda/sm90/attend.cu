@@ -88,6 +88,7 @@ struct Producer {
   int stage = 0;
   uint32_t phase = 0;
   int waiting = 0;  // blocks of the next stage so far
+  int edge_slot = kAbsent;  // of the item, slot `lane` of the edge tiles
 
   __device__ __forceinline__ Producer(const Launch& l, SharedMemory& s) : launch(l), shared(s) {}
 
@@ -112,11 +113,9 @@ struct Producer {
   __device__ __forceinline__ int plan(const Blocks& blocks, uint32_t turn) {
     auto& work = shared.work[turn & 1];
     int number = 0;
-    if (lane == 0) {
-      number = take(blocks);
-      barrier_wait(&shared.work_free[turn & 1], (turn >> 1 & 1) ^ 1);
-    }
+    if (lane == 0) number = take(blocks);
     number = __shfl_sync(0xffffffffu, number, 0);
+    barrier_wait(&shared.work_free[turn & 1], (turn >> 1 & 1) ^ 1);  // every lane: all of them write
     if (number >= launch.items) number = kAbsent;
     if (number != kAbsent) plan_edges(blocks, Item(launch.call.grid, blocks.query_blocks(), number), work);
     if (lane == 0) {
@@ -180,15 +179,15 @@ struct Producer {
     others = __reduce_add_sync(0xffffffffu, others);
     const int extra = others % kTileBlocks;
     const int edge_tiles = diagonals + extra <= kTileBlocks ? 1 : kEdgeTiles;
-    if (lane < kEdgeTiles * kTileBlocks) work.slots[lane] = lane < diagonals ? diagonal + lane : kAbsent;
-    __syncwarp();
+    edge_slot = lane < diagonals ? diagonal + lane : kAbsent;
     if (extra > 0) {
       int at = diagonals;
       enumerate(blocks, item, words, diagonal, [&](int block) {
-        if (lane == 0) work.slots[at] = block;
+        if (lane == at) edge_slot = block;
         return ++at < diagonals + extra;
       });
     }
+    if (lane < kEdgeTiles * kTileBlocks) work.slots[lane] = edge_slot;
     if (lane == 0) {
       work.edge_tiles = edge_tiles;
       work.tiles = edge_tiles + (others - extra) / kTileBlocks;
@@ -200,13 +199,15 @@ struct Producer {
   __device__ __forceinline__ void serve(const Blocks& blocks, const Item& item, uint32_t turn) {
     const auto& work = shared.work[turn & 1];
     const int diagonal = static_cast<int>(blocks.start(item.index) / kKeyBlock), extra = work.extra;
-    if (lane == 0) {
-      const int edge_blocks = work.edge_tiles * kTileBlocks;
-#pragma unroll 1
-      for (int i = 0; i < edge_blocks; ++i) put(item, work.slots[i] == kAbsent ? diagonal : work.slots[i]);
-    }
+    const int edge_blocks = work.edge_tiles * kTileBlocks;
+    if (!kOfKeys) edge_slot = work.slots[lane % (kEdgeTiles * kTileBlocks)];
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.work_free[turn & 1]);
+#pragma unroll 1
+    for (int i = 0; i < edge_blocks; ++i) {
+      const int block = __shfl_sync(0xffffffffu, edge_slot, i);
+      if (lane == 0) put(item, block == kAbsent ? diagonal : block);
+    }
     int passed = 0;
     enumerate(blocks, item, words_of(blocks, item), diagonal, [&](int block) {
       if (passed++ >= extra && lane == 0) put(item, block);

@@ -102,23 +102,27 @@ struct Work {
   }
 };
 
-// One warp: lane 0 moves keys, the first four lanes bring the blocks' scales, a tile ahead of their use.
+// One warp: lane 0 moves keys, the first four lanes the blocks' scales.
 template <int kDim>
 __device__ __forceinline__ void produce(const Launch& launch, const Work& work, Shared<kDim>& shared) {
   const SaleCudaTokens& codes = launch.call.key_codes;
   const int lane = threadIdx.x % 32, first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
-  const auto scale_of = [&](int tile) {
+  // Scales of a mask word's blocks, a lane each, a word ahead: a load a tile would be the slowest thing in the loop.
+  const auto scale_of = [&](int word) {
     // Blocks past the last one: nobody looks at them; their page exists.
-    const int block = min(tile * kTileBlocks + lane, last);
-    return lane < kTileBlocks ? *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, block) : 0.0f;
+    return *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, min(word * 32 + lane, last));
   };
-  float scale = scale_of(first_tile);
+  float scale = 0.0f, next_scale = scale_of(first_tile / kWordTiles);
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
-    const float next_scale = scale_of(tile + 1);
+    if (tile % kWordTiles == 0) {
+      scale = next_scale;
+      next_scale = scale_of(tile / kWordTiles + 1);
+    }
+    const float mine = __shfl_sync(0xffffffffu, scale, tile % kWordTiles * kTileBlocks + lane % kTileBlocks);
     barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
-    if (lane < kTileBlocks) shared.scales[stage][lane] = scale;
+    if (lane < kTileBlocks) shared.scales[stage][lane] = mine;
     __syncwarp();
     if (lane == 0) {
       barrier_expect(&shared.full[stage], kTileKeys * kDim);
@@ -139,7 +143,6 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
           tensor_load_multicast(target, &launch.codes, &shared.full[stage], 0, token, work.kv_head, unit, (1 << kCluster) - 1);
       }
     }
-    scale = next_scale;
   }
 }
 
@@ -249,7 +252,9 @@ __device__ __forceinline__ void consume(const Launch& launch, const Work& work, 
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
     int32_t sums[64];
+#ifndef ELIM_NOBAR
     barrier_wait(&shared.full[stage], turn / kStages & 1);
+#endif
     const uint64_t keys = moved(first_keys, uniform(stage) * (kTileKeys * kDim));
 #if SELECT_ORDER
     named_sync(5 + warpgroup, 256);
@@ -277,8 +282,15 @@ __device__ __forceinline__ void consume(const Launch& launch, const Work& work, 
     const float4 scales = *reinterpret_cast<const float4*>(shared.scales[stage]);
     wgmma_wait<0>();
     __syncwarp();  // every lane has read the scales
+#ifndef ELIM_NOBAR
     if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
-    word |= passing(sums, voters.thresholds, scales) << (tile % kWordTiles * kTileBlocks);
+#endif
+#ifdef ELIM_NOEPI
+    word |= uint32_t(sums[0] == 0x7fffffff) <<
+#else
+    word |= passing(sums, voters.thresholds, scales) <<
+#endif
+ (tile % kWordTiles * kTileBlocks);
     if (tile % kWordTiles == kWordTiles - 1 || tile == end_tile - 1) {
       const int first = tile / kWordTiles * 32;
       word &= bits_below(voters.selectable_end - first) & ~bits_below(sink - first);
@@ -308,7 +320,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kWarpgroups) {
     registers_down<32>();  // 4 x 112 + 32 = 5 x 96: more than the launch had would wait forever
+#ifndef ELIM_NOBAR
     if (threadIdx.x < 128 * kWarpgroups + 32) produce<kDim>(launch, work, shared);
+#endif
     cluster_sync();  // until then another CTA may write here
   } else {
     registers_up<112>();
