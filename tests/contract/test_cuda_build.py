@@ -65,10 +65,13 @@ class Compiled:
     object_file: Path
     log: str
 
-    def in_memory(self) -> dict[str, tuple[int, int, int]]:
-        """Kernel -> bytes of its stack frame, spill stores and spill loads, where one is not 0."""
-        sizes = {name: (int(frame), int(stores), int(loads)) for name, frame, stores, loads in self._properties()}
-        return {name: size for name, size in sizes.items() if any(size)}
+    def in_memory(self) -> list[str]:
+        """Kernels with a stack frame or spills, and bytes of each."""
+        return [
+            f"{name}: stack frame {frame}, spill stores {stores}, spill loads {loads}"
+            for name, frame, stores, loads in self._properties()
+            if (frame, stores, loads) != ("0", "0", "0")
+        ]
 
     def kernels(self) -> list[str]:
         """Functions for the device."""
@@ -156,8 +159,8 @@ def test_sources_of_a_target_differ_in_name(target: str) -> None:
 @each_build
 def test_no_kernel_keeps_registers_in_memory(builds: Builds, target: str, source: str) -> None:
     compiled = builds.get(target, source)
-    assert compiled.in_memory() == {}
-    assert compiled.complaints() == []
+    assert not compiled.in_memory(), "\n".join(compiled.in_memory())
+    assert not compiled.complaints(), "\n".join(compiled.complaints())
 
 
 @each_build
@@ -195,9 +198,8 @@ def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
         "}\n"
     )
     compiled = compile_for("80", spilling, tmp_path)
-    ((_, stores, loads),) = compiled.in_memory().values()
-    assert stores > 0
-    assert loads > 0
+    (found,) = compiled.in_memory()
+    assert re.fullmatch(r"\w+spilling\w+: stack frame \d+, spill stores [1-9]\d*, spill loads [1-9]\d*", found)
     assert {"FMUL", "STL", "LDL"} <= {opcode.split(".")[0] for opcode in compiled.opcodes()}
 
     serialised = (
