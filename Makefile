@@ -15,7 +15,7 @@ PROTO_OUT ?= proto
 RELEASES := $(shell ls proto/releases/*.binpb 2>/dev/null | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-sanitize bench-attention client-sync wheel clean
+.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-kernels check-sanitize bench-attention client-sync wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -83,6 +83,9 @@ check-main: $(STAMP)  ## measure what the main job promises; fail where a promis
 
 check-attention: $(STAMP)  ## measure what CPU attention promises, on real traces; fail where a promise falls short
 	$(BIN)/python -m benchmarks.check_attention $(ARGS)
+
+check-kernels: $(STAMP)  ## compile all CUDA kernels for all targets, no GPU needed; fail on spills or other instructions
+	$(BIN)/python -m pytest tests/contract/test_cuda_build.py $(ARGS)
 
 # libasan must be in the process before python is; leaks are the interpreter's own.
 check-sanitize: $(STAMP)  ## run the conformance kit on CPU kernels built for AddressSanitizer and UBSan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -16,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE_VARIABLE = "SALE_PREFILL_CACHE"
+
+SYSTEM_CUDA_TOOLKIT = Path("/usr/local/cuda")
+_NEEDED_FROM_TOOLKIT = ("bin/nvcc", "include/cuda_runtime.h")
+#: The wheels of the `cuda-build` extra make up a toolkit; torch or another package may have brought some of them.
+_NEEDED_FROM_WHEELS = (*_NEEDED_FROM_TOOLKIT, "include/crt/host_config.h", "include/cccl/nv/target", "nvvm/bin/cicc")
 
 
 class KernelBuildError(RuntimeError):
@@ -44,6 +50,11 @@ class BuildPlan:
     cuda_flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ()
 
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether there are CUDA sources."""
+        return any(source.endswith(".cu") for source in self.sources)
+
 
 def kernel_source_root() -> Path:
     """`csrc/`: inside an installed package, or at the top of a checkout."""
@@ -69,7 +80,8 @@ def build(plan: BuildPlan) -> Path:
     library that is there already needs no compiler. A failed build's log is `<cache>/<name>-<key>.log`.
 
     Raises:
-        KernelBuildError: no compiler, no ninja, an unusable cache folder, or a compile error; says which.
+        KernelBuildError: no compiler, no CUDA toolkit (for CUDA sources), no ninja, an unusable cache folder, or a
+            compile error; says which.
     """
     name = f"{plan.name}-{_cache_key(plan)}"
     try:
@@ -78,10 +90,11 @@ def build(plan: BuildPlan) -> Path:
         if library.exists():
             return library
         compiler = _compiler()
+        toolkit = cuda_toolkit() if plan.needs_cuda else None
         cache.mkdir(parents=True, exist_ok=True)
         with _exclusive(cache / f".{name}.lock"):
             if not library.exists():
-                _build_into(library, plan, compiler, cache / f"{name}.log")
+                _build_into(library, plan, compiler, toolkit, cache / f"{name}.log")
     except KernelBuildError:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -100,6 +113,40 @@ def _compiler() -> str:
             "or name it in CXX"
         )
     return found
+
+
+def cuda_toolkit() -> Path:
+    """Folder of the CUDA toolkit: `$CUDA_HOME`, that of `nvcc` on PATH, /usr/local/cuda, else that of the wheels.
+
+    Raises:
+        KernelBuildError: there is none; says what is missing and how to get it.
+    """
+    candidates = [Path(home) for home in (os.environ.get("CUDA_HOME"),) if home]
+    if nvcc := shutil.which("nvcc"):
+        candidates += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]]
+    for home in (*candidates, SYSTEM_CUDA_TOOLKIT):
+        if not _missing(home, _NEEDED_FROM_TOOLKIT):
+            return home
+    wheels = cuda_wheels()
+    missing = "bin/nvcc" if wheels is None else ", ".join(_missing(wheels, _NEEDED_FROM_WHEELS))
+    if wheels is None or missing:
+        raise KernelBuildError(
+            f"no CUDA toolkit in $CUDA_HOME, with nvcc on PATH, or in {SYSTEM_CUDA_TOOLKIT}, and the wheels in "
+            f"{wheels or 'this environment'} lack {missing}: install the CUDA toolkit, or "
+            "pip install sale-prefill[cuda-build]"
+        )
+    return wheels
+
+
+def cuda_wheels() -> Path | None:
+    """The folder that NVIDIA's wheels share, such as `nvidia/cu13`; None where there are no such wheels."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or ()]
+    return max((folder for root in roots for folder in root.glob("cu[0-9]*")), default=None)
+
+
+def _missing(home: Path, needed: Sequence[str]) -> list[str]:
+    return [name for name in needed if not (home / name).exists()]
 
 
 def _cache_key(plan: BuildPlan) -> str:
@@ -123,11 +170,11 @@ def _exclusive(lock_file: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(library: Path, plan: BuildPlan, compiler: str, log_file: Path) -> None:
+def _build_into(library: Path, plan: BuildPlan, compiler: str, toolkit: Path | None, log_file: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", dir=library.parent.parent))
     try:
         started = time.perf_counter()
-        _run_ninja(plan, folder, compiler)
+        _run_ninja(plan, folder, compiler, toolkit)
         # torch numbers the file where this process has built the name before.
         next(folder.glob(f"{plan.name}*.so")).rename(folder / library.name)
         (folder / "built-in-seconds").write_text(f"{time.perf_counter() - started:.1f}\n")
@@ -136,16 +183,21 @@ def _build_into(library: Path, plan: BuildPlan, compiler: str, log_file: Path) -
         folder.rename(library.parent)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         log_file.write_text(f"{error}\n{error.__cause__ or ''}\n")
+        used = compiler if toolkit is None else toolkit / "bin" / "nvcc"
         raise KernelBuildError(
-            f"building {plan.name} with {compiler} failed; the compiler's output is in {log_file}"
+            f"building {plan.name} with {used} failed; the compiler's output is in {log_file}"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_ninja(plan: BuildPlan, folder: Path, compiler: str) -> None:
+def _run_ninja(plan: BuildPlan, folder: Path, compiler: str, toolkit: Path | None) -> None:
     from torch.utils import cpp_extension
 
+    runtime_flags: list[str] = []
+    if toolkit is not None:
+        cpp_extension.CUDA_HOME = str(toolkit)  # torch looked for it when it was imported, and not in the wheels
+        runtime_flags = _link_flags_for_runtime(toolkit, folder)
     with _environment(CXX=compiler, PATH=_path_with_ninja()):
         cpp_extension.load(
             name=plan.name,
@@ -153,10 +205,19 @@ def _run_ninja(plan: BuildPlan, folder: Path, compiler: str) -> None:
             extra_include_paths=[str(plan.source_root / folder) for folder in plan.include_dirs],
             extra_cflags=list(plan.compile_flags),
             extra_cuda_cflags=list(plan.cuda_flags),
-            extra_ldflags=list(plan.link_flags),
+            extra_ldflags=[*plan.link_flags, *runtime_flags],
             build_directory=str(folder),
             is_python_module=False,
         )
+
+
+def _link_flags_for_runtime(toolkit: Path, folder: Path) -> list[str]:
+    """What makes torch's `-lcudart` work where the runtime has its versioned name only, as in the wheels."""
+    versioned = sorted((toolkit / "lib").glob("libcudart.so.*"))
+    if not versioned or any((toolkit / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
+        return []
+    (folder / "libcudart.so").symlink_to(versioned[-1])
+    return [f"-L{folder}"]
 
 
 def _path_with_ninja() -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import multiprocessing
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sale_attention import AttentionRequest, LayerPolicy, attend, get_backend
+from sale_attention import AttentionRequest, LayerPolicy, attend, get_backend, jit
 from sale_attention.cpu import CpuBackend, available_isas, library, load_kernels
-from sale_attention.jit import BuildPlan, KernelBuildError, build
+from sale_attention.jit import BuildPlan, KernelBuildError, build, cuda_toolkit, cuda_wheels
 from tests.unit.attention.naive import SMALL, Shape, random_problem
 
 
@@ -93,6 +94,106 @@ def test_no_compiler_says_what_to_install(plan: BuildPlan, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(KernelBuildError, match=r"no C\+\+ compiler .* apt-get install g\+\+"):
         build(plan)
+
+
+TOOLKIT = ("bin/nvcc", "include/cuda_runtime.h")
+WHEELS = (*TOOLKIT, "include/crt/host_config.h", "include/cccl/nv/target", "nvvm/bin/cicc")
+
+
+def lay_out(home: Path, files: tuple[str, ...]) -> Path:
+    for name in files:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch(mode=0o755)
+    return home
+
+
+@pytest.fixture
+def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A toolkit in each place where one may be."""
+    places = ("CUDA_HOME", "PATH", "system")
+    found = {place: lay_out(tmp_path / place, TOOLKIT) for place in places}
+    found["wheels"] = lay_out(tmp_path / "site-packages" / "nvidia" / "cu13", WHEELS)
+    monkeypatch.setenv("CUDA_HOME", str(found["CUDA_HOME"]))
+    monkeypatch.setenv("PATH", str(found["PATH"] / "bin"))
+    monkeypatch.setattr(jit, "SYSTEM_CUDA_TOOLKIT", found["system"])
+    monkeypatch.setattr(jit, "cuda_wheels", lambda: found["wheels"])
+    return found
+
+
+def without(*homes: Path) -> None:
+    for home in homes:
+        (home / "bin" / "nvcc").unlink()
+
+
+@pytest.mark.parametrize("first", range(4), ids=["CUDA_HOME", "PATH", "system", "wheels"])
+def test_cuda_toolkits_are_taken_in_order(homes: dict[str, Path], first: int) -> None:
+    in_order = list(homes.values())
+    without(*in_order[:first])
+    assert cuda_toolkit() == in_order[first]
+
+
+def test_a_script_on_path_that_calls_nvcc_is_no_toolkit(homes: dict[str, Path]) -> None:
+    without(homes["CUDA_HOME"])
+    (homes["PATH"] / "include" / "cuda_runtime.h").unlink()
+    assert cuda_toolkit() == homes["system"]
+
+
+def test_a_link_on_path_leads_to_the_toolkit(homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = homes["PATH"].parent / "linked" / "bin"
+    linked.mkdir(parents=True)
+    (linked / "nvcc").symlink_to(homes["PATH"] / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(linked))
+    without(homes["CUDA_HOME"])
+    assert cuda_toolkit() == homes["PATH"]
+
+
+def test_wheels_that_lack_a_part_are_refused_by_its_name(homes: dict[str, Path]) -> None:
+    without(homes["CUDA_HOME"], homes["PATH"], homes["system"])
+    (homes["wheels"] / "include/cccl/nv/target").unlink()
+    with pytest.raises(KernelBuildError, match=r"the wheels in .*cu13 lack include/cccl/nv/target: install"):
+        cuda_toolkit()
+
+
+def test_no_cuda_toolkit_says_what_to_install(
+    plan: BuildPlan, homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(homes["CUDA_HOME"], homes["PATH"], homes["system"])
+    lay_out(homes["PATH"], ("bin/g++",))
+    monkeypatch.setattr(jit, "cuda_wheels", lambda: None)
+    (plan.source_root / "answer.cu").touch()
+    with pytest.raises(KernelBuildError, match=r"lack bin/nvcc: .* or pip install sale-prefill\[cuda-build\]"):
+        build(replace(plan, sources=("answer.cu",)))
+
+
+@pytest.fixture
+def cuda_plan(plan: BuildPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildPlan:
+    """A library of one kernel for the wheels' nvcc; empty ones stand for torch's, which a build without CUDA lacks."""
+    wheels = cuda_wheels()
+    assert wheels is not None
+    monkeypatch.setenv("CUDA_HOME", str(wheels))
+    ctypes.CDLL(str(next((wheels / "lib").glob("libcudart.so.*"))))  # as torch with CUDA does
+    for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+        subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / name], check=True)
+    (plan.source_root / "answer.cu").write_text(
+        "__global__ void kernel() {}\n"
+        'extern "C" int launch() { kernel<<<1, 1>>>(); return cudaGetLastError(); }\n'
+        'extern "C" int answer() { return ANSWER; }\n'
+    )
+    link_flags = (f"-L{tmp_path}", f"-Wl,-rpath,{tmp_path}")
+    cuda_flags = ("-DANSWER=42", "-gencode=arch=compute_80,code=sm_80")
+    return replace(plan, sources=("answer.cu",), cuda_flags=cuda_flags, link_flags=link_flags)
+
+
+def test_the_wheels_build_a_cuda_library(cuda_plan: BuildPlan) -> None:
+    assert answer(build(cuda_plan)) == 42
+
+
+def test_a_cuda_compile_error_names_nvcc_and_the_log(cuda_plan: BuildPlan, tmp_path: Path) -> None:
+    (cuda_plan.source_root / "answer.cu").write_text("int answer( {")
+    with pytest.raises(KernelBuildError, match=r"building answer with .*/bin/nvcc failed; the compiler's output is in"):
+        build(cuda_plan)
+    (log,) = (tmp_path / "cache" / "kernels").glob("*.log")
+    assert "error" in log.read_text()
 
 
 def test_without_kernels_the_reference_computes_and_says_so_once(
