@@ -52,6 +52,13 @@ class AttentionBackend(ABC):
     def supports(self, request: AttentionRequest) -> str | None:
         """None if this backend can run `request`, else the reason in words; the caller then runs it dense."""
 
+    def takes_dense(self, query: Tensor, kv: KvView) -> bool:
+        """Whether several rows of a call that asks for dense attention go through `attend_all`, not torch's SDPA.
+
+        A backend says so where its kernel is the faster one.
+        """
+        return False
+
     @abstractmethod
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """Row codes of `[B, H, Nq, d]`, bit-identical to `quantise.quantise_query`."""

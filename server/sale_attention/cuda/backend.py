@@ -55,6 +55,11 @@ class CudaBackend(ReferenceBackend):
         covered = sample.is_cuda and dtype == torch.bfloat16 and head_dim in _HEAD_DIMS and value_dim == head_dim
         return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None
 
+    def takes_dense(self, query: Tensor, kv: KvView) -> bool:
+        """On Hopper: torch's only kernel for rows behind a prefix there is FlashAttention-2, at half the speed."""
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        return native is not None and torch.cuda.get_device_capability(query.device) == (9, 0)
+
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """See `quantise.quantise_query`."""
         native = self._native(query, query.shape[3], query.shape[3], query.dtype)
