@@ -33,6 +33,7 @@ from transformers.models.llama import modeling_llama
 
 import sale_attention.transformers_integration  # noqa: F401 - registers attn_implementation="sale"
 from sale_attention import AttentionStatistics
+from sale_attention.cuda import CudaBackend
 from sale_prefill_client import Client
 from sale_prefill_server.app import Server
 from sale_prefill_server.config import ServerConfig
@@ -156,15 +157,19 @@ class ChildServer:
 
 
 @contextmanager
-def child_server(settings: dict[str, Any], model: RandomLlama | None = None) -> Iterator[ChildServer]:
+def child_server(
+    settings: dict[str, Any], model: RandomLlama | None = None, *, torch_dense: bool = False
+) -> Iterator[ChildServer]:
     """A server with `settings` (of `ServerConfig`) on free ports; of `model` where one is given.
+
+    With `torch_dense`, dense attention on a GPU is torch's SDPA even where this project's kernel would take it.
 
     Raises:
         SystemExit: it did not start; with what it said.
     """
     context = multiprocessing.get_context("spawn")
     pipe, far_end = context.Pipe()
-    process = context.Process(target=_run, args=(settings, model, far_end), daemon=True)
+    process = context.Process(target=_run, args=(settings, model, far_end, torch_dense), daemon=True)
     started = time.perf_counter()
     process.start()
     far_end.close()
@@ -186,8 +191,10 @@ def child_server(settings: dict[str, Any], model: RandomLlama | None = None) -> 
             process.kill()
 
 
-def _run(settings: dict[str, Any], model: RandomLlama | None, pipe: Connection) -> None:
+def _run(settings: dict[str, Any], model: RandomLlama | None, pipe: Connection, torch_dense: bool) -> None:
     set_up_logging("info")
+    if torch_dense:
+        mock.patch.object(CudaBackend, "takes_dense", return_value=False).start()
     try:
         asyncio.run(_serve(ServerConfig(port=0, metrics_port=0, **settings), model, pipe))
     except (Exception, SystemExit):

@@ -158,6 +158,7 @@ def measure_large_model(
     decode_tokens: int = DECODE_TOKENS,
     model: RandomLlama = LLAMA_8B,
     traces: Path | None = None,
+    torch_dense: bool = False,
 ) -> list[Row]:
     """Time to the first token, dense against SALE, and decode speed.
 
@@ -170,6 +171,7 @@ def measure_large_model(
         decode_tokens: tokens that decode speed is taken over, after the shortest prompt; 0 leaves it out.
         model: shape of the model.
         traces: folder of traces; None looks where `locate_traces` does.
+        torch_dense: dense attention is torch's SDPA, whatever the server would take.
     """
     files = tuple(locate_traces(traces))
     model = replace(model, traces=files)
@@ -179,7 +181,7 @@ def measure_large_model(
     tokens: list[int] = torch.randint(model.vocabulary, (max(lengths),), generator=generator).tolist()
     runs: dict[tuple[int, str], list[Timed]] = {(n, way): [] for n in lengths for way in ways}
     rows = []
-    with child_server(settings, model) as server:
+    with child_server(settings, model, torch_dense=torch_dense) as server:
         names = ", ".join(file.stem for file in files)
         _say(f"server ready after {server.start_seconds:.1f} s; queries and keys from {names}")
         for way, attention in ways.items():
@@ -465,6 +467,7 @@ def main() -> int:
     parser.add_argument("--chunk-tokens", type=int, default=0, help="prefill chunk of `large`; 0: the server's default")
     parser.add_argument("--decode-tokens", type=int, default=DECODE_TOKENS, help="0 leaves decode speed out")
     parser.add_argument("--traces", type=Path, help="folder of traces")
+    parser.add_argument("--torch-dense", action="store_true", help="dense of `large` by torch's SDPA in any case")
     parser.add_argument("--device", default="cuda", help="what is measured")
     parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help="most tokens of an answer")
     parser.add_argument("--questions", type=int, help="that many prompts of each kind of `default` only")
@@ -482,6 +485,7 @@ def main() -> int:
             decode_tokens=arguments.decode_tokens,
             model=TINY if arguments.tiny else LLAMA_8B,
             traces=arguments.traces,
+            torch_dense=arguments.torch_dense,
         ),
         "default": lambda: measure_default_model(
             device=arguments.device, answer_tokens=arguments.answer_tokens, questions=arguments.questions
