@@ -59,13 +59,13 @@ PHASES = ("quantise", "sink_local", "select", "compute", "dense")
 ANSWER_TOKENS = 48
 #: Prompts whose text goes on freely: no right answer, so that close calls show.
 CONTINUATION_TOKENS = 3000
-#: Lengths of the prompts with a planted fact.
-QUESTIONS = {"password, 4K": (PASSWORD, 4096), "restaurant, 6.6K": (RESTAURANT, 6600)}
-CHATS = {
-    "capital": "What is the capital of France? Answer in one sentence.",
-    "water": "At what temperature does water boil at sea level? Answer in one sentence.",
-    "list": "Name three colours of the rainbow.",
-}
+#: Questions that the default model answers without a close call: its second best token is everywhere less likely by
+#: half a unit of natural log-probability or more, where bfloat16 logits come in steps of an eighth. Planted facts:
+#: tokens, and where the text starts.
+QUESTIONS = {"password, 4K": (PASSWORD, 4096, 0), "password, 6.8K": (PASSWORD, 6800, 60_000)}
+CHATS = {country: f"What is the capital of {country}?" for country in ("France", "Japan", "Germany")}
+#: A question that has close calls.
+CLOSE_QUESTION = (RESTAURANT, 5200, 30_000)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ class Comparison:
     """Greedy answers of two servers to one prompt.
 
     `same_tokens` counts what they agree on from the start; where they part, `gap` is by how much the reference prefers
-    its own token, in natural log-probability (None where the other's token is not among its best).
+    its own token, in natural log-probability (None where the other's token is not among its best). `margin` is the
+    closest call of the reference's whole answer.
     """
 
     name: str
@@ -259,6 +260,7 @@ class Comparison:
     tokens: int
     same_tokens: int
     gap: float | None
+    margin: float
     expected_words: str
 
     @property
@@ -278,8 +280,8 @@ def measure_default_model(
     """The default model's greedy answers on `device` against those on `reference`, SALE and dense.
 
     An answer is what `make check-attention` means by it: the greedy tokens up to the end of the answer, 48 at most.
-    Answers to questions must be the same token by token; how far free continuations of a text agree is information, as
-    they go on through close calls that bfloat16 decides by rounding. The two devices have blocks of their own sizes, so
+    Answers to questions must be the same token by token; how far free continuations agree is information, as they go
+    on through close calls that bfloat16 decides by rounding. The two devices have blocks of their own sizes, so
     SALE keeps other blocks on each.
 
     Args:
@@ -292,12 +294,15 @@ def measure_default_model(
         _say(f"servers ready after {expected.start_seconds:.1f} and {got.start_seconds:.1f} s")
         tokenizer = expected.client.tokenizer()
         prompts = {
-            name: (question_prompt(length, tokenizer, fact), fact.answer) for name, (fact, length) in QUESTIONS.items()
+            name: (question_prompt(length, tokenizer, fact, offset), fact.answer)
+            for name, (fact, length, offset) in QUESTIONS.items()
         }
         for name, question in CHATS.items():
             messages = [{"role": "user", "content": question}]
             prompts[name] = (tokenizer.apply_chat_template(messages, tokenize=True), "")
         texts = {name: (ids, "") for name, ids in documents(CONTINUATION_TOKENS, tokenizer).items()}
+        fact, length, offset = CLOSE_QUESTION
+        texts["restaurant, 5.2K"] = (question_prompt(length, tokenizer, fact, offset), fact.answer)
         compared: dict[str, list[Comparison]] = {"questions": [], "continuations": []}
         for mode, attention in {"SALE": Attention.sale(THRESHOLD), "dense": Attention.dense()}.items():
             for kind, chosen in {"questions": prompts, "continuations": texts}.items():
@@ -332,12 +337,16 @@ def _comparison(name: str, mode: str, answers: list[list[DecodedToken]], texts: 
         token, other = pairs[same]
         logprobs = {entry.token_id: entry.logprob for entry in token.top_logprobs}
         gap = token.logprob - logprobs[other.token_id] if other.token_id in logprobs else None
-    return Comparison(name, mode, texts[0], texts[1], max(len(expected), len(got)), same, gap, words)
+    margin = min(token.top_logprobs[0].logprob - token.top_logprobs[1].logprob for token in expected)
+    return Comparison(name, mode, texts[0], texts[1], max(len(expected), len(got)), same, gap, margin, words)
 
 
 def _describe(found: Comparison) -> str:
     if found.same:
-        return f"{found.attention}, {found.name}: all {found.tokens} tokens the same: {found.got_text[:60]!r}"
+        return (
+            f"{found.attention}, {found.name}: all {found.tokens} tokens the same (closest call {found.margin:.3f}): "
+            f"{found.got_text[:60]!r}"
+        )
     gap = "not among the best 10" if found.gap is None else f"{found.gap:.3f} less likely by the reference"
     return (
         f"{found.attention}, {found.name}: {found.same_tokens} of {found.tokens} tokens the same, then one that is "
@@ -356,7 +365,8 @@ def _answer_rows(compared: dict[str, list[Comparison]], devices: str) -> list[Ro
                 f"default model, greedy answers through gRPC, {devices}, {mode}",
                 "the same, planted facts found",
                 "",
-                f"{same} of {len(asked)} the same, {sum(found.right for found in asked)} right",
+                f"{same} of {len(asked)} the same, {sum(found.right for found in asked)} right, closest call "
+                f"{min(found.margin for found in asked):.3f}",
                 same == len(asked) and all(found.right for found in asked),
                 {"answers": [vars(found) for found in asked]},
             )
