@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from benchmarks.served import question_prompt
 from benchmarks.texts import PASSWORD, RESTAURANT, documents
 from sale_attention import BlockGrid, KvView, SaleConfig, get_backend
 from sale_prefill_client import Attention, Client, DecodedToken, PrefillStats
+from sale_prefill_client.errors import SalePrefillError
 
 LLAMA_8B = RandomLlama(
     layers=32,
@@ -63,7 +65,11 @@ CONTINUATION_TOKENS = 3000
 #: half a unit of natural log-probability or more, where bfloat16 logits come in steps of an eighth. Planted facts:
 #: tokens, and where the text starts.
 QUESTIONS = {"password, 4K": (PASSWORD, 4096, 0), "password, 6.8K": (PASSWORD, 6800, 60_000)}
-CHATS = {country: f"What is the capital of {country}?" for country in ("France", "Japan", "Germany")}
+CHATS = {
+    "France": "What is the capital of France? Answer in one sentence.",
+    "Japan": "What is the capital of Japan?",
+    "Germany": "What is the capital of Germany?",
+}
 #: A question that has close calls.
 CLOSE_QUESTION = (RESTAURANT, 5200, 30_000)
 
@@ -180,7 +186,7 @@ def measure_large_model(
     generator = torch.Generator().manual_seed(0)
     tokens: list[int] = torch.randint(model.vocabulary, (max(lengths),), generator=generator).tolist()
     runs: dict[tuple[int, str], list[Timed]] = {(n, way): [] for n in lengths for way in ways}
-    rows = []
+    rows: list[Row] = []
     with child_server(settings, model, torch_dense=torch_dense) as server:
         names = ", ".join(file.stem for file in files)
         _say(f"server ready after {server.start_seconds:.1f} s; queries and keys from {names}")
@@ -188,19 +194,35 @@ def measure_large_model(
             run = timed_prompt(server, tokens[: min(WARM_UP_TOKENS, min(lengths))], attention, 2)
             _say(f"warm-up, {way}: {run.first_token_seconds:.2f} s")
         for length in sorted(lengths):
-            for round_ in range(rounds):
-                for way, attention in ways.items():
-                    decoding = decode_tokens and length == min(lengths) and round_ == 0
-                    run = timed_prompt(server, tokens[:length], attention, 1 + (decode_tokens if decoding else 0))
-                    runs[length, way].append(run)
-                    _say(
-                        f"{length} tokens, {way}: first token {run.first_token_seconds:.3f} s, density "
-                        f"{run.stats.density:.3f}, {run.inside.reserved_bytes / 2**30:.1f} GiB: {run.describe()}"
-                    )
+            try:
+                _touch_memory(server, tokens[:128], length)
+                for round_ in range(rounds):
+                    for way, attention in ways.items():
+                        more = decode_tokens if length == min(lengths) and round_ == 0 else 0
+                        run = timed_prompt(server, tokens[:length], attention, 1 + more)
+                        runs[length, way].append(run)
+                        _say(
+                            f"{length} tokens, {way}: first token {run.first_token_seconds:.3f} s, density "
+                            f"{run.stats.density:.3f}, {run.inside.reserved_bytes / 2**30:.1f} GiB: {run.describe()}"
+                        )
+            except SalePrefillError as error:  # such as no memory for the longest: the shorter ones still count
+                rows.append(Row(f"{length // 1024}K prompt, 8B-shaped", "runs", "", str(error)[:200], False))
+                continue
             rows += _first_token_rows(length, {way: runs[length, way] for way in ways}, files)
     if decode_tokens:
-        rows += _decode_rows(min(lengths), {way: runs[min(lengths), way][0] for way in ways})
+        rows += _decode_rows(min(lengths), {way: run for way in ways for run in runs[min(lengths), way][:1]})
     return rows
+
+
+def _touch_memory(server: ChildServer, prompt: list[int], length: int) -> None:
+    """Has the server allocate KV of `length` tokens once: else the way that comes first pays for it alone."""
+    client = server.client
+    session = client.prefill(prompt, attention=Attention.dense()).session_id
+    with client.decode(session, max_new_tokens=length - len(prompt), ignore_eos=True) as stream:
+        next(stream)
+    client.delete_session(session, force=True)
+    while client.get_load().kv_used_bytes:  # the decode stops after its token
+        time.sleep(0.05)
 
 
 def _first_token_rows(length: int, runs: dict[str, list[Timed]], files: Sequence[Path]) -> list[Row]:
@@ -399,7 +421,7 @@ def measure_dense_kernels(
         try:
             output = call()
             seconds = _seconds(call, device)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # of a build of torch without it
             rows.append(Row(f"dense chunk, {name}", "", "", f"not here: {str(error).splitlines()[0][:80]}", True))
             continue
         reference = output if reference is None else reference
@@ -504,7 +526,11 @@ def main() -> int:
     rows: list[Row] = []
     for name in arguments.only or parts:
         started = time.perf_counter()
-        rows += parts[name]()
+        try:
+            rows += parts[name]()
+        except (Exception, SystemExit):  # the other parts are worth having
+            traceback.print_exc()
+            rows.append(Row(name, "runs", "", "failed: see the traceback", False))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _say(f"{name} took {time.perf_counter() - started:.0f} s")
