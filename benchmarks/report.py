@@ -97,7 +97,10 @@ def cpu_features() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a machine that only measures may have no git
+        return ""
 
 
 def _cpu_name() -> str:

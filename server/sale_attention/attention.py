@@ -121,9 +121,13 @@ class _Call:
         """Why this call cannot be sparse, if so."""
         if window is not None:
             return f"sliding window of {window} tokens"
-        if torch.is_grad_enabled() and (self.query.requires_grad or self.kv.keys.requires_grad):
+        if self._wants_gradients():
             return "gradients are wanted; SALE is for inference"
         return self.backend.supports(AttentionRequest(self.query, self.kv, self.policy, self.config))
+
+    def _wants_gradients(self) -> bool:
+        tensors = (self.query, self.kv.keys, self.kv.values)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def all_dense(self, reason: str, explanation: str | None, window: int | None) -> AttentionResult:
         """Everything through dense attention."""
@@ -193,7 +197,16 @@ class _Call:
                 all_output[:, chosen, rows], all_lse[:, chosen, rows] = output, lse
 
     def _dense(self, query: Tensor, kv: KvView, window: int | None) -> tuple[Tensor, Tensor | None]:
+        batch, heads, rows, _ = query.shape
+        exact = window is None and not self._wants_gradients()
         with self._phase("dense"):
+            # A single row is a decoded token: the kernels of backends are made for blocks of rows.
+            if exact and rows > 1 and self.backend.takes_dense(query, kv):
+                output = query.new_empty(batch, rows, heads, kv.value_dim).transpose(1, 2)
+                sums = torch.empty(batch, heads, rows, device=query.device) if self.return_lse else None
+                grid = BlockGrid.of(rows, kv.tokens, self.config)
+                self.backend.attend_all(query, kv, grid, self.scale, output, sums)
+                return output, sums
             output = dense_attention(query, kv, scale=self.scale, window=window)
             lse = dense_log_sum_exp(query, kv, scale=self.scale, window=window) if self.return_lse else None
         return output, lse

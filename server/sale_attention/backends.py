@@ -57,6 +57,13 @@ class AttentionBackend(ABC):
         """Mean of the first keys, float32 `[B, Hkv, d]`; see `quantise.default_key_centre`."""
         return default_key_centre(kv, config)
 
+    def takes_dense(self, query: Tensor, kv: KvView) -> bool:
+        """Whether several rows of a call that asks for dense attention go through `attend_all`, not torch's SDPA.
+
+        A backend says so where its kernel is the faster one.
+        """
+        return False
+
     @abstractmethod
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """Row codes of `[B, H, Nq, d]`, bit-identical to `quantise.quantise_query`."""

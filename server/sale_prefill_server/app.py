@@ -70,6 +70,9 @@ SERVICES = (
 _SWEEP_SECONDS = 1.0
 #: Seconds that running calls get to end at shutdown.
 _GRACE_SECONDS = 2.0
+#: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
+#: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
+_CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class PortInUseError(Exception):
@@ -92,10 +95,12 @@ class Server:
 
     Args:
         config: settings.
+        load: makes the model; benchmarks serve models that are in no directory.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, load: Callable[[ServerConfig], LoadedModel] | None = None) -> None:
         self.config = config
+        self._load_model = load or _configured_model
         self.server_id = f"{platform.node()}-{os.getpid()}"
         self.port = 0
         self.metrics_port = 0
@@ -171,17 +176,7 @@ class Server:
             get_backend(config.attention_backend, choose_device(config.device)).description  # noqa: B018 - builds kernels
         except ValueError as error:
             raise ConfigError(f"attention_backend = {config.attention_backend!r}: {error}") from error
-        source = resolve_model(config.model, Path(config.cache_dir) if config.cache_dir else None, logger.info)
-        started = time.perf_counter()
-        model = load_model(
-            source.path,
-            source.name,
-            device=choose_device(config.device),
-            dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-        logger.info("loaded %s on %s in %.1f s", model.name, model.device, time.perf_counter() - started)
-        model = _with_context_limit(model, config.max_sequence_tokens)
+        model = _with_context_limit(self._load_model(config), config.max_sequence_tokens)
         capacity_bytes = config.kv_memory_bytes or _automatic_kv_bytes(model)
         geometry = SaleConfig(query_block=get_backend(config.attention_backend, model.device).query_block)
         engine = Engine(
@@ -189,7 +184,7 @@ class Server:
             KvPool(model.kv_shape, capacity_bytes),
             AttentionSettings(AttentionMode(config.attention), config.threshold, config.query_stride),
             replace(geometry, dense_rows=config.dense_rows) if config.dense_rows else geometry,
-            chunk_tokens=config.chunk_tokens,
+            chunk_tokens=config.chunk_tokens or _CHUNK_TOKENS.get(model.device.type, _CHUNK_TOKENS["cpu"]),
             attention_backend=config.attention_backend,
             crossover=not config.dense_rows,
         )
@@ -201,6 +196,7 @@ class Server:
             self._metrics.kernel_fallbacks.labels("build").inc()
         crossover = engine.crossover(engine.defaults)
         logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
+        logger.info("chunks of %d tokens", engine.chunk_tokens)
         logger.info("attention by %s; rows before position %d run dense", engine.attention_backend, crossover)
 
     def _connect(self, service: _Service) -> None:
@@ -332,6 +328,20 @@ def _port_in_use(setting: str, host: str, port: int) -> PortInUseError:
 
 def _count(manager: SessionManager, state: SessionState) -> float:
     return manager.states()[state]
+
+
+def _configured_model(config: ServerConfig) -> LoadedModel:
+    source = resolve_model(config.model, Path(config.cache_dir) if config.cache_dir else None, logger.info)
+    started = time.perf_counter()
+    model = load_model(
+        source.path,
+        source.name,
+        device=choose_device(config.device),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    logger.info("loaded %s on %s in %.1f s", model.name, model.device, time.perf_counter() - started)
+    return model
 
 
 def _with_context_limit(model: LoadedModel, limit: int) -> LoadedModel:

@@ -45,7 +45,9 @@ class ServerConfig:
     dense_rows: int = _setting(
         0, "query rows before this position take dense attention; 0: up to where sparse is expected to pay", minimum=0
     )
-    chunk_tokens: int = _setting(2048, "prefill chunk, a multiple of 128: the unit of fairness", minimum=128)
+    chunk_tokens: int = _setting(
+        0, "prefill chunk, a multiple of 128: the unit of fairness; 0: 2048 on the CPU, 8192 on a GPU", minimum=0
+    )
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
     max_message_bytes: int = _setting(8 * 2**20, "largest gRPC message, either way", minimum=2**16)

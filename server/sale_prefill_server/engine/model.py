@@ -79,7 +79,7 @@ def load_model(
     Raises:
         ModelError: missing, unreadable, corrupt or unsupported.
     """
-    config = inspect_config(path, trust_remote_code=trust_remote_code)
+    inspect_config(path, trust_remote_code=trust_remote_code)
     element_type = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     try:
         module = AutoModelForCausalLM.from_pretrained(
@@ -89,19 +89,30 @@ def load_model(
         raise ModelInvalidError(
             f"model {str(path)!r} cannot be loaded: {error}", "Check that its weight files are whole"
         ) from error
+    return wrap_module(module.to(device), path, name)
+
+
+def wrap_module(module: Any, path: Path, name: str) -> LoadedModel:
+    """A causal LM that is on its device already, with what follows from its configuration and weights.
+
+    Args:
+        module: with `attn_implementation="sale"`; set to inference here.
+        path: directory of its tokenizer files; it may have none.
+        name: name to show.
+    """
     module.eval().requires_grad_(False)
-    module.to(device)
-    text_config = config.get_text_config(decoder=True)
+    text_config = module.config.get_text_config(decoder=True)
+    weight = module.get_input_embeddings().weight
     return LoadedModel(
         module=module,
         name=name,
         path=path,
-        kv_shape=_kv_shape(text_config, element_type, device),
+        kv_shape=_kv_shape(text_config, weight.dtype, weight.device),
         num_query_heads=text_config.num_attention_heads,
         vocabulary_size=module.get_input_embeddings().num_embeddings,
         max_sequence_tokens=_context_tokens(text_config),
         eos_token_ids=_eos_token_ids(module),
-        fingerprint=_fingerprint(module, text_config, element_type),
+        fingerprint=_fingerprint(module, text_config, weight.dtype),
         rope_fingerprint=_digest(_rope_parameters(text_config)),
     )
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sale_attention import KvView
+from sale_attention import KvView, attend
 from sale_attention.dense import dense_attention, dense_log_sum_exp
+from sale_attention.reference import ReferenceBackend
+from tests.conformance.calls import registered
 from tests.unit.attention.naive import Shape, causal_mask, exact_attention, random_problem
 
 
@@ -76,3 +80,39 @@ def test_long_chunks_use_smaller_pieces_with_the_same_result(monkeypatch: pytest
     expected = dense_attention(query, kv, scale=0.1)
     monkeypatch.setattr("sale_attention.dense._MASK_ELEMENTS", 1 << 20)
     assert torch.equal(dense_attention(query, kv, scale=0.1), expected)
+
+
+class DenseTakingBackend(ReferenceBackend):
+    """A backend whose kernel is faster than torch's SDPA, as it says; counts its calls."""
+
+    name = "dense-taking"
+    calls = 0
+
+    def takes_dense(self, query: torch.Tensor, kv: KvView) -> bool:
+        return True
+
+    def attend_all(self, *arguments: Any) -> None:
+        self.calls += 1
+        super().attend_all(*arguments)
+
+
+@pytest.mark.parametrize(("rows", "window", "taken"), [(300, None, True), (1, None, False), (300, 40, False)])
+def test_a_backend_may_take_dense_calls_of_several_rows(rows: int, window: int | None, taken: bool) -> None:
+    shape = Shape(rows, 137, 6, 2)
+    query, kv = random_problem(shape)
+    backend = DenseTakingBackend()
+    with registered(backend) as name:
+        result = attend(query, kv, scale=0.1, backend=name, dense=True, window=window)
+    exact, exact_lse = exact_attention(query, kv, causal_mask(shape, window), 0.1)
+    assert backend.calls == taken
+    assert result.lse is not None
+    assert torch.allclose(result.output.double(), exact, atol=2e-2)
+    assert torch.allclose(result.lse.double(), exact_lse, atol=1e-3)
+
+
+def test_gradients_flow_though_a_backend_takes_dense_calls() -> None:
+    query, kv = random_problem(Shape(40, 9))
+    with registered(DenseTakingBackend()) as name:
+        output = attend(query.requires_grad_(), kv, backend=name, dense=True, return_lse=False).output
+    output.float().sum().backward()
+    assert query.grad is not None
