@@ -8,6 +8,7 @@
 // Barriers: full[s], one arrival and the tile's bytes; empty[s], one arrival a consumer warp.
 // Shared memory: kStages tiles of 128 keys x head_dim bytes (64 KiB at head_dim 128), 128- or 64-byte swizzle.
 #include "../layout.cuh"
+#include "../select_work.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
@@ -15,26 +16,13 @@
 namespace sale::cuda {
 namespace {
 
-constexpr int kWarpgroups = 4;
-constexpr int kTileKeys = 128;
-constexpr int kTileBlocks = kTileKeys / kKeyBlock;
-constexpr int kWordTiles = 32 / kTileBlocks;
-constexpr int kTileRows = 64;
-constexpr int kWarpRows = 16;
+constexpr int kWarpgroups = kUnits;
 constexpr int kStages = 4;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kMaxHeads = 512;
 
-struct Launch {
-  SaleCudaSelect call;
+struct Launch : SelectLaunch<SaleCudaSelect> {
   CUtensorMap codes;
-  int first_block;  // query blocks [first_block, first_block + blocks) of the call...
-  int blocks;
-  int stride;  // ...inspected at this stride, of heads whose own stride is head_stride
-  int head_stride;
   int box_tokens;
-  int segments;  // pieces of the key range, a CTA each: the last rows of a long prompt would else keep few CTAs for long
-  uint8_t strides[kMaxHeads];
 };
 
 template <int kDim>
@@ -43,41 +31,6 @@ struct Shared {
   alignas(16) float scales[kStages][kTileBlocks];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-};
-
-// What a CTA shares: units, row tile by row tile from the last one (which sees most keys), head by head.
-struct Work {
-  int batch, kv_head, group, members, tiles, first_unit;
-  int first_tile, end_tile;  // of keys
-
-  __device__ explicit Work(const Launch& launch) {
-    const SaleCudaGrid& grid = launch.call.grid;
-    kv_head = blockIdx.y;
-    batch = blockIdx.z;
-    group = grid.heads / grid.kv_heads;
-    members = 0;
-    for (int i = 0; i < group; ++i) members += launch.strides[kv_head * group + i] == launch.head_stride;
-    tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-    first_unit = blockIdx.x / launch.segments * kWarpgroups;
-    first_tile = end_tile = 0;
-    if (first_unit >= tiles * members) return;
-    const Blocks blocks(grid);
-    const int last_row = (tiles - first_unit / members) * kTileRows * launch.stride - 1;
-    const int index = launch.first_block + min(last_row / grid.query_block, launch.blocks - 1);
-    const int end = blocks.selectable_end(index);
-    if (end <= blocks.sink_blocks) return;
-    // Segments are whole mask words.
-    const int key_tiles = (end + kTileBlocks - 1) / kTileBlocks, words = (key_tiles + kWordTiles - 1) / kWordTiles;
-    const int each = (words + launch.segments - 1) / launch.segments * kWordTiles;
-    first_tile = blockIdx.x % launch.segments * each;
-    end_tile = min(first_tile + each, key_tiles);
-  }
-  __device__ int head(const Launch& launch, int unit) const {
-    int left = unit % members;
-    for (int i = 0; i < group; ++i)
-      if (launch.strides[kv_head * group + i] == launch.head_stride && left-- == 0) return kv_head * group + i;
-    return -1;
-  }
 };
 
 // One warp: lane 0 moves keys, the first four lanes bring the blocks' scales, a tile ahead of their use.
@@ -121,27 +74,12 @@ struct Voters {
   int selectable_end = 0;
 
   __device__ Voters(const Launch& launch, const Work& work, int unit, int warp, int lane) {
-    if (unit >= work.tiles * work.members) return;
+    const Part part(launch, work, unit, warp);
+    if (!part.votes()) return;
     const SaleCudaSelect& call = launch.call;
-    const SaleCudaGrid& grid = call.grid;
-    const Blocks blocks(grid);
-    const int per_block = grid.query_block / launch.stride;
-    const int first = (work.tiles - 1 - unit / work.members) * kTileRows + warp * kWarpRows;  // voter of the range
-    if (first >= launch.blocks * per_block) return;
-    const int index = launch.first_block + first / per_block;
-    const int64_t position = blocks.start(launch.first_block) + static_cast<int64_t>(first) * launch.stride;
-    // Voters [low, high) exist; the others repeat one of them, which changes no decision.
-    const int64_t missing = blocks.offset - position;
-    const int low = missing > 0 ? static_cast<int>((missing + launch.stride - 1) / launch.stride) : 0;
-    const int64_t present = (blocks.tokens - position + launch.stride - 1) / launch.stride;
-    const int high = present < kWarpRows ? static_cast<int>(present) : kWarpRows;
-    if (low >= high) return;
-    const int head = work.head(launch, unit);
-    const int64_t plane = (static_cast<int64_t>(work.batch) * grid.heads + head) * grid.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int voter = min(max(lane / 4 + 8 * half, low), high - 1);
-      const int64_t row = plane + position - blocks.offset + static_cast<int64_t>(voter) * launch.stride;
+      const int64_t row = part.row(lane / 4 + 8 * half);
       thresholds[half] = call.thresholds[row];
       const int8_t* source = call.query_codes + row * kDim + lane % 4 * 4;
 #pragma unroll
@@ -150,15 +88,10 @@ struct Voters {
         codes[step][half + 2] = *reinterpret_cast<const uint32_t*>(source + step * 32 + 16);
       }
     }
-    selectable_end = blocks.selectable_end(index);
-    words = call.words +
-            ((static_cast<int64_t>(work.batch) * grid.heads + head) * blocks.query_blocks() + index) * call.mask_words;
+    selectable_end = Blocks(call.grid).selectable_end(part.index);
+    words = call.words + part.block * call.mask_words;
   }
 };
-
-__device__ __forceinline__ uint32_t bits_below(int count) {
-  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
-}
 
 // Four bits: whether any of the warp's scores passes in each of the tile's key blocks.
 __device__ __forceinline__ uint32_t passing(const int32_t (&sums)[64], const float (&thresholds)[2], const float4& scales) {
@@ -237,25 +170,14 @@ __global__ void __launch_bounds__(kThreads, 1) select_s8(const __grid_constant__
 
 template <int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
-  const SaleCudaGrid& grid = launch.call.grid;
   const size_t bytes = sizeof(Shared<kDim>) + 1024;
   static const cudaError_t raised =
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
-  const int tiles = (launch.blocks * (grid.query_block / launch.stride) + kTileRows - 1) / kTileRows;
-  const int along_rows = (tiles * most_members + kWarpgroups - 1) / kWarpgroups;
-  const int64_t ctas = static_cast<int64_t>(along_rows) * grid.kv_heads * grid.batch;
   Launch split = launch;
-  split.segments = static_cast<int>((2 * grid.multiprocessors + ctas - 1) / ctas);  // 1 where there are plenty
-  const dim3 blocks(along_rows * split.segments, grid.kv_heads, grid.batch);
+  const dim3 blocks = select_ctas(split, most_members);
   select_s8<kDim><<<blocks, kThreads, bytes, stream>>>(split);
   return cudaGetLastError();
-}
-
-// Whether some row of a query block stands at a multiple of the stride; else all its rows vote.
-bool has_voter(const Blocks& blocks, int index, int stride) {
-  const int64_t first = blocks.start(index) > blocks.offset ? blocks.start(index) : blocks.offset;
-  return (first + stride - 1) / stride * stride < blocks.end(index);
 }
 
 }  // namespace
@@ -265,8 +187,6 @@ using namespace sale::cuda;
 
 extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
   const SaleCudaGrid& grid = call->grid;
-  const Blocks blocks(grid);
-  const int count = blocks.query_blocks();
   Launch launch{};
   launch.call = *call;
   const bool paged = call->key_codes.page_table != nullptr;
@@ -275,32 +195,8 @@ extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
                                    grid.kv_heads, grid.head_dim, launch.box_tokens,
                                    grid.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (made != 0) return made;
-  for (int head = 0; head < grid.heads; ++head) launch.strides[head] = static_cast<uint8_t>(call->strides[head]);
-  const int group = grid.heads / grid.kv_heads;
-  const int64_t tail_start = call->unstrided_from / grid.query_block - blocks.first_query_block;
-  const int tail = static_cast<int>(tail_start < 0 ? 0 : tail_start > count ? count : tail_start);
-  for (const int stride : {1, 2, 4}) {
-    int most = 0;
-    for (int kv_head = 0; kv_head < grid.kv_heads; ++kv_head) {
-      int members = 0;
-      for (int i = 0; i < group; ++i) members += call->strides[kv_head * group + i] == stride;
-      most = members > most ? members : most;
-    }
-    if (most == 0) continue;
-    launch.head_stride = stride;
-    // Runs of query blocks with the same effective stride: an odd first or last one, the middle, the prompt's tail.
-    for (int index = 0; index < count;) {
-      const auto effective = [&](int i) { return i >= tail || !has_voter(blocks, i, stride) ? 1 : stride; };
-      int end = index + 1;
-      while (end < count && effective(end) == effective(index)) ++end;
-      launch.first_block = index;
-      launch.blocks = end - index;
-      launch.stride = effective(index);
-      const int status = grid.head_dim == 128 ? run<128>(launch, most, static_cast<cudaStream_t>(stream))
-                                              : run<64>(launch, most, static_cast<cudaStream_t>(stream));
-      if (status != cudaSuccess) return status;
-      index = end;
-    }
-  }
-  return cudaSuccess;
+  const auto at = static_cast<cudaStream_t>(stream);
+  return run_select(launch, [&](const Launch& part, int most_members) {
+    return grid.head_dim == 128 ? run<128>(part, most_members, at) : run<64>(part, most_members, at);
+  });
 }
