@@ -100,7 +100,7 @@ __device__ __forceinline__ void mean_of_columns(const Element (*rows)[kDim], int
 template <class Element, int kDim>
 __global__ void __launch_bounds__(kThreads) quantise_query_4bit(const SaleCudaQuantiseQuery4 call) {
   constexpr int kLanes = kDim / kValues, kRowsAtOnce = kThreads / kLanes;
-  __shared__ alignas(16) Element rows[kMostRows][kDim];
+  alignas(16) __shared__ Element rows[kMostRows][kDim];
   __shared__ double sums[kThreads / kDim][kDim];
   __shared__ float means[kDim];
   const Blocks blocks(call.grid);
