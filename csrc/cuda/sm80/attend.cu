@@ -38,12 +38,25 @@ struct Entry {
   int block, unit, token;  // the block's page or batch row, and its first token there
 };
 
+// The blocks that the CTA's item attends to, ascending; decoded again and again as far as there is room. What the loop
+// over tiles needs to know of it is here as well: registers are scarce there.
+struct List {
+  Entry entries[kListBlocks];
+  int count;
+  int base;     // the first tile of these entries
+  int scanned;  // blocks that were decoded so far
+  int kv_head;
+
+  __device__ __forceinline__ int first_of(int tile) const { return (tile - base) * kTileBlocks; }
+  __device__ __forceinline__ bool holds(int tile) const { return first_of(tile) < count; }
+};
+
 template <class Element, int kDim, int kRows, int kStages>
 struct Shared {
   alignas(128) Element query[kRows * kDim];
   alignas(128) Element keys[kStages][kTileKeys * kDim];
   alignas(128) Element values[kStages][kTileKeys * kDim];
-  Entry list[kListBlocks];
+  List list;
   int tiles[kListTiles][kTileBlocks];
 };
 
@@ -69,76 +82,74 @@ struct Item {
   }
 };
 
+// blockIdx.x, but what was made from it elsewhere is made again, and not kept in a register till then.
+__device__ __forceinline__ int block_number() {
+  int number;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+  return number;
+}
+
 __device__ __forceinline__ uint32_t bits_below(int block, int first) {
   const int count = block - first;
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
-// The blocks that the CTA's item attends to, ascending, as a list in shared memory that is refilled when it has been read.
-// It keeps next to nothing in registers, of which there are none to spare.
-struct BlockList {
-  int scanned = 0;  // blocks that were decoded
-  int at = -kTileBlocks, count = 0;
+// Bits of the item's blocks [first, first + 32).
+__device__ __forceinline__ uint32_t list_word(const SaleCudaAttend& call, const Blocks& blocks, const Item& item, int first) {
+  const uint32_t reachable = bits_below(blocks.causal_end(item.index), first);
+  if (call.words == nullptr || reachable == 0) return reachable;
+  const int64_t plane = static_cast<int64_t>(item.batch) * call.grid.heads + item.head;
+  const uint32_t* words = call.words + (plane * blocks.query_blocks() + item.index) * call.mask_words;
+  return (words[first / 32] | bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first)) & reachable;
+}
 
-  // Bits of blocks [first, first + 32).
-  __device__ __forceinline__ static uint32_t word(const SaleCudaAttend& call, const Blocks& blocks, const Item& item, int first) {
-    const uint32_t reachable = bits_below(blocks.causal_end(item.index), first);
-    if (call.words == nullptr || reachable == 0) return reachable;
-    const int64_t plane = static_cast<int64_t>(item.batch) * call.grid.heads + item.head;
-    const uint32_t* words = call.words + (plane * blocks.query_blocks() + item.index) * call.mask_words;
-    return (words[first / 32] | bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first)) & reachable;
-  }
+__device__ __forceinline__ void start_list(List& list, int kv_head) {
+  if (threadIdx.x != 0) return;
+  list.count = list.base = list.scanned = 0;
+  list.kv_head = kv_head;
+}
 
-  // Moves on to the next tile; false: there is none. All threads together.
-  __device__ __forceinline__ bool advance(Entry (&list)[kListBlocks], const SaleCudaAttend& call) {
-    at += kTileBlocks;
-    if (at >= count) refill(list, call);
-    return at < count;
-  }
-
-  __device__ __forceinline__ void refill(Entry (&list)[kListBlocks], const SaleCudaAttend& call) {
-    const Blocks blocks(call.grid);
-    const Item item(call.grid, blocks.query_blocks(), block_number());
-    const int end = blocks.causal_end(item.index);
-    at = count = 0;
-    __syncthreads();  // nobody reads the list any more
-    for (; scanned < end && count + kScanBlocks <= kListBlocks; scanned += kScanBlocks) {
-      int before = count;
+// Decodes what comes next, a block a thread, as the entries of `tile` and those after it; none if all were. All threads.
+__device__ __forceinline__ void refill(List& list, const SaleCudaAttend& call, int tile) {
+  const Blocks blocks(call.grid);
+  const Item item(call.grid, blocks.query_blocks(), block_number());
+  const int end = blocks.causal_end(item.index);
+  __syncthreads();  // nobody reads the list any more
+  int scanned = list.scanned, count = 0;
+  for (; scanned < end && count + kScanBlocks <= kListBlocks; scanned += kScanBlocks) {
+    int before = count;
 #pragma unroll
-      for (int w = 0; w < kScanBlocks / 32; ++w) {
-        const uint32_t bits = word(call, blocks, item, scanned + 32 * w);
-        if (w < static_cast<int>(threadIdx.x) / 32) before += __popc(bits);
-        if (w == threadIdx.x / 32 && (bits >> threadIdx.x % 32 & 1) != 0) {
-          const int block = scanned + threadIdx.x;
-          const BlockPlace place = place_of_block(call.keys, item.batch, block);
-          list[before + __popc(bits & ((1u << threadIdx.x % 32) - 1))] = {block, static_cast<int>(place.unit), place.token};
-        }
-        count += __popc(bits);
+    for (int w = 0; w < kScanBlocks / 32; ++w) {
+      const uint32_t bits = list_word(call, blocks, item, scanned + 32 * w);
+      if (w < static_cast<int>(threadIdx.x) / 32) before += __popc(bits);
+      if (w == threadIdx.x / 32 && (bits >> threadIdx.x % 32 & 1) != 0) {
+        const int block = scanned + threadIdx.x;
+        const BlockPlace place = place_of_block(call.keys, item.batch, block);
+        list.entries[before + __popc(bits & ((1u << threadIdx.x % 32) - 1))] = {block, static_cast<int>(place.unit), place.token};
       }
+      count += __popc(bits);
     }
-    __syncthreads();
   }
-
-  // blockIdx.x, but nothing made from it at the kernel's start can be kept for this.
-  __device__ __forceinline__ static int block_number() {
-    int number;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
-    return number;
+  if (threadIdx.x == 0) {
+    list.count = count;
+    list.base = tile;
   }
-};
+  __syncthreads();
+  if (threadIdx.x == 0) list.scanned = scanned;
+}
 
 // Copies one tile's rows of keys or values; the list's second entry may be missing.
 template <class Element, int kDim>
-__device__ __forceinline__ void load_tile(Element* target, const SaleCudaTokens& tokens, const BlockList& blocks,
-                                          const Entry (&list)[kListBlocks], int kv_head, int end) {
+__device__ __forceinline__ void load_tile(Element* target, const SaleCudaTokens& tokens, const List& list, int tile, int end) {
   constexpr int kPieces = kDim / 8, kRowsAtOnce = kThreads / kPieces;
   const int column = threadIdx.x % kPieces * 8, first = threadIdx.x / kPieces;
 #pragma unroll
   for (int slot = 0; slot < kTileBlocks; ++slot) {
-    const bool listed = blocks.at + slot < blocks.count;
-    const Entry entry = list[blocks.at + (listed ? slot : 0)];
+    const int at = list.first_of(tile) + slot;
+    const bool listed = at < list.count;
+    const Entry entry = list.entries[listed ? at : 0];
     const Element* source = static_cast<const Element*>(tokens.data) + entry.unit * tokens.unit_stride +
-                            kv_head * tokens.head_stride + (entry.token + first) * tokens.token_stride + column;
+                            list.kv_head * tokens.head_stride + (entry.token + first) * tokens.token_stride + column;
     const int present = listed ? end - entry.block * kKeyBlock : 0;  // rows, if fewer than a block's
 #pragma unroll
     for (int i = 0; i < kKeyBlock / kRowsAtOnce; ++i) {
@@ -210,7 +221,7 @@ struct Rows {
 
   __device__ __forceinline__ static void score(float (&scores)[kParts][kKeyTiles][4], const Element* query, const Element* keys) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 4  // all eight would spill
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[kParts][4];
 #pragma unroll
@@ -219,11 +230,11 @@ struct Rows {
 #pragma unroll
       for (int j = 0; j < kKeyTiles; j += 2) {
         uint32_t b[4];
-        load_matrices(b, piece_at<kDim>(keys, j * 8 + lane / 16 * 8 + lane % 8, step * 16 + lane / 8 % 2 * 8));
+        load_matrices(b, piece_at<kDim>(keys, j * 8 + lane % 16, step * 16 + lane / 16 * 8));
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          Mma::multiply(scores[part][j], a[part], b[0], b[1]);
-          Mma::multiply(scores[part][j + 1], a[part], b[2], b[3]);
+          Mma::multiply(scores[part][j], a[part], b[0], b[2]);
+          Mma::multiply(scores[part][j + 1], a[part], b[1], b[3]);
         }
       }
     }
@@ -231,11 +242,12 @@ struct Rows {
 
   // -inf where a key comes after its row; `position` of this thread's first row.
   __device__ __forceinline__ static void mask(float (&scores)[kParts][kKeyTiles][4], const int (&blocks)[kTileBlocks], int position) {
+    const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
-        const int key = blocks[j / 4] * kKeyBlock + j % 4 * 8 + threadIdx.x % 4 * 2;
+        const int key = blocks[j / 4] * kKeyBlock + j % 4 * 8 + column;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (key + i % 2 > position + part * 16 + i / 2 * 8) scores[part][j][i] = -INFINITY;
@@ -302,31 +314,27 @@ struct Rows {
   }
 };
 
-// Brings in tiles: the keys of one, then its values; then moves on to the next. `advance` stands where no scores are held,
-// since refilling the list takes registers.
+// Brings in tiles: the keys of one, then its values, and only then `look_up` for the next. That stands where no scores are
+// held, since decoding takes registers.
 template <class Element, int kDim, int kRows, int kStages>
 struct Loader {
   const SaleCudaAttend& call;
   Shared<Element, kDim, kRows, kStages>& shared;
-  const int kv_head, end;
-  BlockList list;
-  int loaded = 0;  // tiles whose keys were asked for
-  bool more = true;
+  const int end;
 
-  __device__ __forceinline__ void advance() { more = more && list.advance(shared.list, call); }
-  __device__ __forceinline__ void load_keys() {
-    if (more) {
-      load_tile<Element, kDim>(shared.keys[loaded % kStages], call.keys, list, shared.list, kv_head, end);
-      if (threadIdx.x < kTileBlocks) {
-        const int at = list.at + threadIdx.x;
-        shared.tiles[loaded % kListTiles][threadIdx.x] = at < list.count ? shared.list[at].block : kAbsent;
-      }
-      ++loaded;
+  __device__ __forceinline__ void look_up(int tile) {
+    if (!shared.list.holds(tile)) refill(shared.list, call, tile);
+  }
+  __device__ __forceinline__ void load_keys(int tile) {
+    if (shared.list.holds(tile)) load_tile<Element, kDim>(shared.keys[tile % kStages], call.keys, shared.list, tile, end);
+    if (threadIdx.x < kTileBlocks) {
+      const int at = shared.list.first_of(tile) + threadIdx.x;
+      shared.tiles[tile % kListTiles][threadIdx.x] = at < shared.list.count ? shared.list.entries[at].block : kAbsent;
     }
     copy_commit();
   }
-  __device__ __forceinline__ void load_values() {
-    if (more) load_tile<Element, kDim>(shared.values[(loaded - 1) % kStages], call.values, list, shared.list, kv_head, end);
+  __device__ __forceinline__ void load_values(int tile) {
+    if (shared.list.holds(tile)) load_tile<Element, kDim>(shared.values[tile % kStages], call.values, shared.list, tile, end);
     copy_commit();
   }
 };
@@ -342,29 +350,31 @@ __global__ void __launch_bounds__(kThreads, kStages == 1 ? 2 : 1) attend(const _
   const int start = static_cast<int>(blocks.start(item.index)), warp_row = threadIdx.x / 32 * 16 * kParts;
   const int warp_start = start + warp_row, own = threadIdx.x % 32 / 4;
 
-  Loader<Element, kDim, kRows, kStages> loader{call, shared, item.kv_head, static_cast<int>(blocks.tokens)};
+  Loader<Element, kDim, kRows, kStages> loader{call, shared, static_cast<int>(blocks.tokens)};
+  start_list(shared.list, item.kv_head);
   load_query<Element, kDim, kRows>(shared.query, call, item, start - blocks.offset);
-  loader.advance();
-  loader.load_keys();
+  refill(shared.list, call, 0);
+  loader.load_keys(0);
   if constexpr (kStages == 2) {
-    loader.load_values();
-    loader.advance();
-    loader.load_keys();
+    loader.load_values(0);
+    loader.look_up(1);
+    loader.load_keys(1);
   }
   Rows<Element, kDim, kParts> rows;
   const Element* query = shared.query + warp_row * kDim;
-  for (int tile = 0; tile < loader.loaded; ++tile) {
+  for (int tile = 0;; ++tile) {
     copy_wait<2 * (kStages - 1)>();
     __syncthreads();
-    loader.load_values();
-    loader.advance();
     const int at[kTileBlocks] = {shared.tiles[tile % kListTiles][0], shared.tiles[tile % kListTiles][1]};
+    if (at[0] == kAbsent) break;
+    loader.load_values(tile + kStages - 1);
+    loader.look_up(tile + kStages);
     const bool visible = at[0] * kKeyBlock < warp_start + 16 * kParts;  // to some row of the warp
     float scores[kParts][kTileKeys / 8][4] = {};
     if (visible) rows.score(scores, query, shared.keys[tile % kStages]);
     copy_wait<2 * (kStages - 1)>();
     __syncthreads();
-    loader.load_keys();
+    loader.load_keys(tile + kStages);
     if (!visible) continue;
     if ((at[1] + 1) * kKeyBlock > warp_start) rows.mask(scores, at, warp_start + own);
     rows.weigh(scores, call.scale * kLog2E);
