@@ -1,15 +1,14 @@
 // Block-sparse attention from sm_80 on, bf16 and fp16 with float32 sums, over lists of 32-key blocks decoded from the bitmask.
 //
-// One CTA: a query block of 64 or 128 rows, four warps of 16 or 32 rows each. Tiles of two blocks come by 16-byte
-// asynchronous copies from anywhere; tokens that do not exist come as zeros, so that what lies behind a page's last token
-// never counts. All threads decode the bitmask, one block each, into a list in shared memory; its order, ascending, and
-// how it is cut into tiles follow from absolute positions and the mask alone, so that a row's bits do too.
-// Only tiles that reach the diagonal, or lack their second block, have masks.
+// One CTA: a query block of 64 or 128 rows, four warps of 16 or 32 rows each. A tile is one block, its keys and values,
+// brought by 16-byte asynchronous copies; tokens that do not exist come as zeros, so that what lies behind a page's last
+// token never counts. (64 keys a tile need 30 registers more than there are, and half of the last tile is often empty.)
+// All threads decode the bitmask, one block each, into a list in shared memory. Its order, ascending, follows from absolute
+// positions and the mask alone, so that a row's bits do too. Only tiles that reach the diagonal have masks.
 //
-// Barriers: __syncthreads twice a tile. Behind the first all warps are done with the values of the tile before and see
-// this tile's keys; behind the second they are done with its keys and see its values. Copies run kStages tiles ahead.
-// Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 16 KiB + V 16 KiB), the list 3 KiB; 67 KiB with one
-// stage, two CTAs a multiprocessor (sm_80, sm_90); 98.5 KiB with two, where one CTA is all that fits (sm_86, sm_89).
+// Barriers: __syncthreads once a tile: the tile is there, and all warps are done with the one before.
+// Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 8 KiB + V 8 KiB), the list 3 KiB: 67 KiB with two stages,
+// two CTAs a multiprocessor (sm_80, sm_90); 99 KiB with four, where one CTA is all that fits (sm_86, sm_89).
 #include "../code_tiles.cuh"
 #include "../mma.cuh"
 
@@ -18,12 +17,10 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileBlocks = 2;
-constexpr int kTileKeys = kTileBlocks * kKeyBlock;
 constexpr int kScanBlocks = kThreads;  // that are decoded at a time
 constexpr int kListBlocks = 2 * kScanBlocks - 16;
-constexpr int kListTiles = 4;         // whose block numbers are kept
-constexpr int kAbsent = 1 << 25;      // a block that comes after every row
+constexpr int kRing = 8;      // tiles whose block numbers are kept
+constexpr int kAbsent = -1;   // no more blocks
 constexpr float kNoMaximum = -1.0e30f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kLog2E = 1.44269504f;
@@ -47,17 +44,18 @@ struct List {
   int scanned;  // blocks that were decoded so far
   int kv_head;
 
-  __device__ __forceinline__ int first_of(int tile) const { return (tile - base) * kTileBlocks; }
-  __device__ __forceinline__ bool holds(int tile) const { return first_of(tile) < count; }
+  __device__ __forceinline__ bool holds(int tile) const { return tile - base < count; }
 };
 
 template <class Element, int kDim, int kRows, int kStages>
 struct Shared {
   alignas(128) Element query[kRows * kDim];
-  alignas(128) Element keys[kStages][kTileKeys * kDim];
-  alignas(128) Element values[kStages][kTileKeys * kDim];
+  struct {
+    Element keys[kKeyBlock * kDim];
+    Element values[kKeyBlock * kDim];
+  } tiles[kStages];
   List list;
-  int tiles[kListTiles][kTileBlocks];
+  int blocks[kRing];  // of the tiles
 };
 
 // The piece of eight elements at `column` of row `row`.
@@ -138,26 +136,18 @@ __device__ __forceinline__ void refill(List& list, const SaleCudaAttend& call, i
   if (threadIdx.x == 0) list.scanned = scanned;
 }
 
-// Copies one tile's rows of keys or values; the list's second entry may be missing.
+// Copies a block's keys or values, of which `present` are there.
 template <class Element, int kDim>
-__device__ __forceinline__ void load_tile(Element* target, const SaleCudaTokens& tokens, const List& list, int tile, int end) {
+__device__ __forceinline__ void load_block(Element* target, const SaleCudaTokens& tokens, const Entry& entry, int kv_head, int present) {
   constexpr int kPieces = kDim / 8, kRowsAtOnce = kThreads / kPieces;
   const int column = threadIdx.x % kPieces * 8, first = threadIdx.x / kPieces;
+  const Element* source = static_cast<const Element*>(tokens.data) + entry.unit * tokens.unit_stride +
+                          kv_head * tokens.head_stride + (entry.token + first) * tokens.token_stride + column;
 #pragma unroll
-  for (int slot = 0; slot < kTileBlocks; ++slot) {
-    const int at = list.first_of(tile) + slot;
-    const bool listed = at < list.count;
-    const Entry entry = list.entries[listed ? at : 0];
-    const Element* source = static_cast<const Element*>(tokens.data) + entry.unit * tokens.unit_stride +
-                            list.kv_head * tokens.head_stride + (entry.token + first) * tokens.token_stride + column;
-    const int present = listed ? end - entry.block * kKeyBlock : 0;  // rows, if fewer than a block's
-#pragma unroll
-    for (int i = 0; i < kKeyBlock / kRowsAtOnce; ++i) {
-      const int row = first + i * kRowsAtOnce;
-      copy_async(piece_at<kDim>(target, slot * kKeyBlock + row, column),
-                 row < present ? static_cast<const void*>(source) : tokens.data, row < present);
-      source += kRowsAtOnce * tokens.token_stride;
-    }
+  for (int row = 0; row < kKeyBlock; row += kRowsAtOnce) {
+    const bool there = first + row < present;
+    copy_async(piece_at<kDim>(target, first + row, column), there ? static_cast<const void*>(source) : tokens.data, there);
+    source += kRowsAtOnce * tokens.token_stride;
   }
 }
 
@@ -213,7 +203,7 @@ struct Softmax {
 // A warp's rows, in kParts pieces of sixteen.
 template <class Element, int kDim, int kParts>
 struct Rows {
-  static constexpr int kKeyTiles = kTileKeys / 8, kColumnTiles = kDim / 8;
+  static constexpr int kKeyTiles = kKeyBlock / 8, kColumnTiles = kDim / 8;
   using Mma = Wide<Element>;
 
   Softmax softmax[kParts];
@@ -221,7 +211,7 @@ struct Rows {
 
   __device__ __forceinline__ static void score(float (&scores)[kParts][kKeyTiles][4], const Element* query, const Element* keys) {
     const int lane = threadIdx.x % 32;
-#pragma unroll 4  // all eight would spill
+#pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[kParts][4];
 #pragma unroll
@@ -241,13 +231,13 @@ struct Rows {
   }
 
   // -inf where a key comes after its row; `position` of this thread's first row.
-  __device__ __forceinline__ static void mask(float (&scores)[kParts][kKeyTiles][4], const int (&blocks)[kTileBlocks], int position) {
+  __device__ __forceinline__ static void mask(float (&scores)[kParts][kKeyTiles][4], int block, int position) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
-        const int key = blocks[j / 4] * kKeyBlock + j % 4 * 8 + column;
+        const int key = block * kKeyBlock + j * 8 + column;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (key + i % 2 > position + part * 16 + i / 2 * 8) scores[part][j][i] = -INFINITY;
@@ -257,7 +247,7 @@ struct Rows {
   __device__ __forceinline__ void add(const float (&weights)[kParts][kKeyTiles][4], const Element* values) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int step = 0; step < kTileKeys / 16; ++step) {
+    for (int step = 0; step < kKeyBlock / 16; ++step) {
       uint32_t a[kParts][4];
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
@@ -314,33 +304,26 @@ struct Rows {
   }
 };
 
-// Brings in tiles: the keys of one, then its values, and only then `look_up` for the next. That stands where no scores are
-// held, since decoding takes registers.
+// Asks for a tile, or notes that there is none.
 template <class Element, int kDim, int kRows, int kStages>
-struct Loader {
-  const SaleCudaAttend& call;
-  Shared<Element, kDim, kRows, kStages>& shared;
-  const int end;
-
-  __device__ __forceinline__ void look_up(int tile) {
-    if (!shared.list.holds(tile)) refill(shared.list, call, tile);
+__device__ __forceinline__ void load_tile(Shared<Element, kDim, kRows, kStages>& shared, const SaleCudaAttend& call, int tile) {
+  if (!shared.list.holds(tile)) refill(shared.list, call, tile);
+  const List& list = shared.list;
+  int block = kAbsent;
+  if (list.holds(tile)) {
+    const Entry entry = list.entries[tile - list.base];
+    block = entry.block;
+    const int present = static_cast<int>(call.grid.offset + call.grid.rows) - block * kKeyBlock;
+    auto& target = shared.tiles[tile % kStages];
+    load_block<Element, kDim>(target.keys, call.keys, entry, list.kv_head, present);
+    load_block<Element, kDim>(target.values, call.values, entry, list.kv_head, present);
   }
-  __device__ __forceinline__ void load_keys(int tile) {
-    if (shared.list.holds(tile)) load_tile<Element, kDim>(shared.keys[tile % kStages], call.keys, shared.list, tile, end);
-    if (threadIdx.x < kTileBlocks) {
-      const int at = shared.list.first_of(tile) + threadIdx.x;
-      shared.tiles[tile % kListTiles][threadIdx.x] = at < shared.list.count ? shared.list.entries[at].block : kAbsent;
-    }
-    copy_commit();
-  }
-  __device__ __forceinline__ void load_values(int tile) {
-    if (shared.list.holds(tile)) load_tile<Element, kDim>(shared.values[tile % kStages], call.values, shared.list, tile, end);
-    copy_commit();
-  }
-};
+  if (threadIdx.x == 0) shared.blocks[tile % kRing] = block;
+  copy_commit();
+}
 
 template <class Element, int kDim, int kParts, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages == 1 ? 2 : 1) attend(const __grid_constant__ SaleCudaAttend call) {
+__global__ void __launch_bounds__(kThreads, kStages == 2 ? 2 : 1) attend(const __grid_constant__ SaleCudaAttend call) {
   constexpr int kRows = 16 * kParts * kWarps;
   extern __shared__ uint4 memory[];
   auto& shared = *reinterpret_cast<Shared<Element, kDim, kRows, kStages>*>(memory);
@@ -350,35 +333,27 @@ __global__ void __launch_bounds__(kThreads, kStages == 1 ? 2 : 1) attend(const _
   const int start = static_cast<int>(blocks.start(item.index)), warp_row = threadIdx.x / 32 * 16 * kParts;
   const int warp_start = start + warp_row, own = threadIdx.x % 32 / 4;
 
-  Loader<Element, kDim, kRows, kStages> loader{call, shared, static_cast<int>(blocks.tokens)};
-  start_list(shared.list, item.kv_head);
   load_query<Element, kDim, kRows>(shared.query, call, item, start - blocks.offset);
-  refill(shared.list, call, 0);
-  loader.load_keys(0);
-  if constexpr (kStages == 2) {
-    loader.load_values(0);
-    loader.look_up(1);
-    loader.load_keys(1);
-  }
+  start_list(shared.list, item.kv_head);
+  __syncthreads();
+#pragma unroll 1
+  for (int tile = 0; tile < kStages - 1; ++tile) load_tile<Element, kDim, kRows, kStages>(shared, call, tile);
   Rows<Element, kDim, kParts> rows;
   const Element* query = shared.query + warp_row * kDim;
+#pragma unroll 1
   for (int tile = 0;; ++tile) {
-    copy_wait<2 * (kStages - 1)>();
+    copy_wait<kStages - 2>();
     __syncthreads();
-    const int at[kTileBlocks] = {shared.tiles[tile % kListTiles][0], shared.tiles[tile % kListTiles][1]};
-    if (at[0] == kAbsent) break;
-    loader.load_values(tile + kStages - 1);
-    loader.look_up(tile + kStages);
-    const bool visible = at[0] * kKeyBlock < warp_start + 16 * kParts;  // to some row of the warp
-    float scores[kParts][kTileKeys / 8][4] = {};
-    if (visible) rows.score(scores, query, shared.keys[tile % kStages]);
-    copy_wait<2 * (kStages - 1)>();
-    __syncthreads();
-    loader.load_keys(tile + kStages);
-    if (!visible) continue;
-    if ((at[1] + 1) * kKeyBlock > warp_start) rows.mask(scores, at, warp_start + own);
+    const int block = shared.blocks[tile % kRing];
+    if (block == kAbsent) break;
+    load_tile<Element, kDim, kRows, kStages>(shared, call, tile + kStages - 1);
+    if (block * kKeyBlock >= warp_start + 16 * kParts) continue;  // after all of the warp's rows
+    const auto& tokens = shared.tiles[tile % kStages];
+    float scores[kParts][kKeyBlock / 8][4] = {};
+    rows.score(scores, query, tokens.keys);
+    if ((block + 1) * kKeyBlock > warp_start) rows.mask(scores, block, warp_start + own);
     rows.weigh(scores, call.scale * kLog2E);
-    rows.add(scores, shared.values[tile % kStages]);
+    rows.add(scores, tokens.values);
   }
   copy_wait<0>();
   rows.write(call, item, static_cast<int64_t>(warp_start) + own - blocks.offset);
@@ -396,15 +371,15 @@ int run(const SaleCudaAttend& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// One stage and two CTAs a multiprocessor where these fit, else two stages.
+// Two stages and two CTAs a multiprocessor where these fit, else four stages.
 template <class Element, int kDim, int kParts>
 int run(const SaleCudaAttend& call, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<Element, kDim, 16 * kParts * kWarps, 1>);
+  constexpr int kBytes = sizeof(Shared<Element, kDim, 16 * kParts * kWarps, 2>);
   int device = 0, most = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (status != cudaSuccess) return status;
-  return 2 * (kBytes + 1024) <= most ? run<Element, kDim, kParts, 1>(call, stream) : run<Element, kDim, kParts, 2>(call, stream);
+  return 2 * (kBytes + 1024) <= most ? run<Element, kDim, kParts, 2>(call, stream) : run<Element, kDim, kParts, 4>(call, stream);
 }
 
 template <class Element>
