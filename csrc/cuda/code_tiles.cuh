@@ -41,8 +41,9 @@ struct CodeLoader {
   const float* scale;
   bool present;
 
-  __device__ __forceinline__ CodeLoader(const SaleCudaTokens& c, const SaleCudaTokens& s, int batch_row, int kv_head, int end_block)
-      : codes(c), scales(s), batch(batch_row), head(kv_head), end(end_block) {}
+  __device__ __forceinline__ CodeLoader(const SaleCudaTokens& its_codes, const SaleCudaTokens& its_scales, int batch_row,
+                                        int kv_head, int end_block)
+      : codes(its_codes), scales(its_scales), batch(batch_row), head(kv_head), end(end_block) {}
 
   __device__ __forceinline__ void look_up(int tile) {
     const int wanted = tile * kBlocks + slot;
@@ -60,7 +61,8 @@ struct CodeLoader {
 #pragma unroll
     for (int i = 0; i < kKeyBlock / kRowsAtOnce; ++i) {
       const int key = row + i * kRowsAtOnce;
-      copy_async(tile.keys + swizzled<kDim>(slot * kKeyBlock + key, piece), source + i * kRowsAtOnce * codes.token_stride, present);
+      copy_async(tile.keys + swizzled<kDim>(slot * kKeyBlock + key, piece), source + i * kRowsAtOnce * codes.token_stride,
+                 present);
     }
     if (threadIdx.x % kBlockThreads == 0) copy_async_word(&tile.scales[slot], scale, present);
     look_up(next);

@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2) select_4bit(const __grid_constant
     else
       correct<4>(shared, tile % kStages);
     __syncthreads();
-    if (tile * kPairBlocks < end) judge_tile<Element, kDim>(voters, shared, tile % kStages, corrections, tile % kWordPairs * kPairBlocks);
+    if (tile * kPairBlocks < end)
+      judge_tile<Element, kDim>(voters, shared, tile % kStages, corrections, tile % kWordPairs * kPairBlocks);
     if (tile % kWordPairs == kWordPairs - 1 || tile == end_tile - 1)
 #pragma unroll
       for (int part = 0; part < kParts; ++part) voters[part].publish(tile / kWordPairs, call.grid.sink_blocks);

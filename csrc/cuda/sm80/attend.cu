@@ -98,7 +98,8 @@ __device__ __forceinline__ uint32_t list_word(const SaleCudaAttend& call, const 
   if (call.words == nullptr || reachable == 0) return reachable;
   const int64_t plane = static_cast<int64_t>(item.batch) * call.grid.heads + item.head;
   const uint32_t* words = call.words + (plane * blocks.query_blocks() + item.index) * call.mask_words;
-  return (words[first / 32] | bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first)) & reachable;
+  const uint32_t always = bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first);
+  return (words[first / 32] | always) & reachable;
 }
 
 __device__ __forceinline__ void start_list(List& list, int kv_head) {
@@ -138,7 +139,8 @@ __device__ __forceinline__ void refill(List& list, const SaleCudaAttend& call, i
 
 // Copies a block's keys or values, of which `present` are there.
 template <class Element, int kDim>
-__device__ __forceinline__ void load_block(Element* target, const SaleCudaTokens& tokens, const Entry& entry, int kv_head, int present) {
+__device__ __forceinline__ void load_block(Element* target, const SaleCudaTokens& tokens, const Entry& entry, int kv_head,
+                                           int present) {
   constexpr int kPieces = kDim / 8, kRowsAtOnce = kThreads / kPieces;
   const int column = threadIdx.x % kPieces * 8, first = threadIdx.x / kPieces;
   const Element* source = static_cast<const Element*>(tokens.data) + entry.unit * tokens.unit_stride +

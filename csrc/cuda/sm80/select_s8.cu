@@ -76,7 +76,8 @@ struct Voters {
 };
 
 template <int kDim>
-__device__ __forceinline__ void judge_tile(Voters<kDim> (&voters)[kParts], const CodeTile<kDim, kTileBlocks>& tile, int first_bit) {
+__device__ __forceinline__ void judge_tile(Voters<kDim> (&voters)[kParts], const CodeTile<kDim, kTileBlocks>& tile,
+                                           int first_bit) {
 #pragma unroll 1
   for (int block = 0; block < kTileBlocks; ++block) {
     int32_t sums[kParts][4][4] = {};
