@@ -1,7 +1,7 @@
 // Mean of a session's first keys, summed in float64 and rounded once (`quantise.default_key_centre`).
 //
 // One CTA a KV head: a thread sums two columns of every kRows-th key; shared memory joins the kRows partial sums (8 KiB).
-#include "element.cuh"
+#include "mma.cuh"
 #include "layout.cuh"
 
 namespace sale::cuda {
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) key_centre(const SaleCudaKeyCentre c
 #pragma unroll 8
   for (int64_t token = row; token < call.tokens; token += kRows) {
     const T* source = token_at<const T>(call.keys, batch, head, token);
-    const float2 values = Element<T>::pair(reinterpret_cast<const uint32_t*>(source)[pair]);
+    const float2 values = Wide<T>::unpack(reinterpret_cast<const uint32_t*>(source)[pair]);
     sum.x += values.x;
     sum.y += values.y;
   }

@@ -61,6 +61,29 @@ __device__ __forceinline__ Place place_of(const SaleCudaTokens& tokens, int batc
           token - static_cast<int64_t>(page) * tokens.unit_tokens};
 }
 
+struct BlockPlace {
+  int64_t unit;
+  int token;  // within the unit
+};
+
+// The place of a key block's first token; divides in 32 bits, where `place_of` takes ten times as long.
+__device__ __forceinline__ BlockPlace place_of_block(const SaleCudaTokens& tokens, int batch, int block) {
+  if (tokens.page_table == nullptr) return {batch, block * kKeyBlock};
+  const unsigned page_blocks = static_cast<unsigned>(tokens.unit_tokens) / kKeyBlock;
+  const unsigned page = static_cast<unsigned>(block) / page_blocks;
+  return {tokens.page_table[batch * tokens.page_table_stride + page * tokens.page_table_step],
+          static_cast<int>(block - page * page_blocks) * kKeyBlock};
+}
+
+// The same of a key block's scale, which is one "token".
+__device__ __forceinline__ BlockPlace place_of_scale(const SaleCudaTokens& scales, int batch, int block) {
+  if (scales.page_table == nullptr) return {batch, block};
+  const unsigned page_scales = static_cast<unsigned>(scales.unit_tokens);
+  const unsigned page = static_cast<unsigned>(block) / page_scales;
+  return {scales.page_table[batch * scales.page_table_stride + page * scales.page_table_step],
+          static_cast<int>(block - page * page_scales)};
+}
+
 template <class T>
 __device__ __forceinline__ T* token_at(const SaleCudaTokens& tokens, int batch, int head, int64_t token) {
   const Place place = place_of(tokens, batch, token);

@@ -4,7 +4,7 @@
 // A thread holds eight neighbouring values (16 bytes). Two warps take one 32-key block and keep it in registers between the
 // maximum and the codes, so memory is read once. One __syncthreads; 8 bytes of shared memory.
 #include "codes.cuh"
-#include "element.cuh"
+#include "mma.cuh"
 #include "layout.cuh"
 
 namespace sale::cuda {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * kWarps) quantise_key(const SaleCudaQuanti
     const uint32_t pairs[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
-      const float2 pair = Element<T>::pair(pairs[j / 2]);
+      const float2 pair = Wide<T>::unpack(pairs[j / 2]);
       x[j] = __fsub_rn(j % 2 ? pair.y : pair.x, centre[j]);
     }
   };

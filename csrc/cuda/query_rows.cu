@@ -15,7 +15,7 @@
 // sm_80 and sm_90; 9 blocks where a multiprocessor has less), 16-byte pieces of odd keys swapped by halves against bank
 // conflicts. Barriers: one __syncthreads a tile.
 #include "codes.cuh"
-#include "element.cuh"
+#include "mma.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 
@@ -79,7 +79,7 @@ struct Rows {
   __device__ __forceinline__ void values(int half, int c, float (&x)[8]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = Element<T>::pair(a[2 * c + i / 2][half + i % 2 * 2]);
+      const float2 pair = Wide<T>::unpack(a[2 * c + i / 2][half + i % 2 * 2]);
       x[2 * i] = pair.x;
       x[2 * i + 1] = pair.y;
     }
@@ -179,9 +179,9 @@ struct Cta {
       for (int n = 0; n < 4; ++n) b[n] = source[n * 8 * kPieces + 4 * (c ^ (g & 1))];
       // Four sums side by side: one product's latency hides behind the others.
 #pragma unroll
-      for (int n = 0; n < 4; ++n) Element<T>::multiply(scores[n], rows.a[2 * c], b[n].x, b[n].y);
+      for (int n = 0; n < 4; ++n) Wide<T>::multiply(scores[n], rows.a[2 * c], b[n].x, b[n].y);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) Element<T>::multiply(scores[n], rows.a[2 * c + 1], b[n].z, b[n].w);
+      for (int n = 0; n < 4; ++n) Wide<T>::multiply(scores[n], rows.a[2 * c + 1], b[n].z, b[n].w);
     }
     const int key = block * kKeyBlock;
     if (key + kKeyBlock > first) {  // some row of the warp sees not all
@@ -227,7 +227,7 @@ struct Cta {
     uint32_t top = max(tops >> 16, tops & 0xffffu);
     top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = max(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    top = magnitude(Element<T>::pair(top).x);
+    top = magnitude(Wide<T>::unpack(top).x);
     const float scale = scale_of(top), reciprocal = __frcp_rn(scale);
 #pragma unroll
     for (int c = 0; c < kDim / 32; ++c) {

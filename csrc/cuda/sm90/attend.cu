@@ -15,7 +15,7 @@
 //   key_free[s], value_free[s]                   1 arrival a consumer warp
 //   named 2, 3: turns of warpgroup 0, 1; named 4, 5: all of warpgroup 0, 1, after a tail of values was zeroed
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 32 KiB + V 32 KiB); 224 KiB in all.
-#include "../element.cuh"
+#include "../mma.cuh"
 #include "../layout.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
@@ -355,7 +355,7 @@ struct Consumer {
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[step][i] = Element<T>::pack(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) weights[step][i] = Wide<T>::pack(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
   }
 
   // -inf where an edge tile's slot is empty or its key comes after the row.
@@ -478,7 +478,7 @@ struct Consumer {
                       threadIdx.x % 4;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j)
-        out[4 * j] = Element<T>::pack(sums[4 * j + 2 * half] * inverse, sums[4 * j + 2 * half + 1] * inverse);
+        out[4 * j] = Wide<T>::pack(sums[4 * j + 2 * half] * inverse, sums[4 * j + 2 * half + 1] * inverse);
       if (call.lse != nullptr && threadIdx.x % 4 == 0)
         call.lse[item.batch * call.lse_batch_stride + item.head * call.lse_head_stride + row] =
             (softmax.maximum[half] + log2f(total)) * kLn2;

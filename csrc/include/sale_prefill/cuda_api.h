@@ -105,6 +105,31 @@ struct SaleCudaAttend {
   int32_t* next_work;  // device, zero on entry
 };
 
+// 4-bit codes, which lie one a byte.
+struct SaleCudaQuantiseQuery4 {
+  SaleCudaGrid grid;
+  SaleCudaRows query;
+  int8_t* codes;       // [batch, heads, rows, head_dim]
+  float* scales;       // [batch, heads, rows]
+  float* block_means;  // [batch, heads, query blocks, head_dim]
+};
+
+struct SaleCudaSelect4 {
+  SaleCudaGrid grid;
+  const int8_t* query_codes;
+  const float* query_scales;
+  const float* block_means;
+  SaleCudaTokens key_codes;
+  SaleCudaTokens key_scales;
+  SaleCudaTokens keys;
+  const float* centre;  // [batch, kv_heads, head_dim]
+  const float* thresholds;
+  const int32_t* strides;  // as in SaleCudaSelect
+  int64_t unstrided_from;
+  uint32_t* words;
+  int64_t mask_words;
+};
+
 int32_t sale_cuda_abi();
 // Each returns a cudaError_t, or -1 - CUresult where a tensor map could not be made; nothing waits for the device.
 int32_t sale_cuda_key_centre(const SaleCudaKeyCentre* call, void* stream);
@@ -112,5 +137,8 @@ int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_query_rows(const SaleCudaQueryRows* call, void* stream);
 int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);
 int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream);
+int32_t sale_cuda_quantise_query_4bit(const SaleCudaQuantiseQuery4* call, void* stream);
+int32_t sale_cuda_quantise_key_4bit(const SaleCudaQuantiseKey* call, void* stream);
+int32_t sale_cuda_select_4bit(const SaleCudaSelect4* call, void* stream);
 
 }  // extern "C"

@@ -139,12 +139,47 @@ class Attend(ctypes.Structure):
     ]
 
 
+class QuantiseQuery4(ctypes.Structure):
+    """SaleCudaQuantiseQuery4."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query", Rows),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("block_means", c_void_p),
+    ]
+
+
+class Select4(ctypes.Structure):
+    """SaleCudaSelect4."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query_codes", c_void_p),
+        ("query_scales", c_void_p),
+        ("block_means", c_void_p),
+        ("key_codes", Tokens),
+        ("key_scales", Tokens),
+        ("keys", Tokens),
+        ("centre", c_void_p),
+        ("thresholds", c_void_p),
+        ("strides", POINTER(c_int32)),
+        ("unstrided_from", c_int64),
+        ("words", c_void_p),
+        ("mask_words", c_int64),
+    ]
+
+
 CALLS: dict[str, type[ctypes.Structure]] = {
     "key_centre": KeyCentre,
     "quantise_key": QuantiseKey,
     "query_rows": QueryRows,
     "select": Select,
     "attend": Attend,
+    "quantise_query_4bit": QuantiseQuery4,
+    "quantise_key_4bit": QuantiseKey,
+    "select_4bit": Select4,
 }
 
 

@@ -36,10 +36,10 @@ def _library_for(device: torch.device) -> ctypes.CDLL | None:
 
 
 class CudaBackend(ReferenceBackend):
-    """Kernels for Hopper (sm_90a): bfloat16, head_dim 64 or 128, 8-bit codes, contiguous or paged.
+    """Kernels for every GPU from sm_80 on, best on Hopper: bfloat16, head_dim 64 or 128, contiguous or paged.
 
-    The reference serves everything else: other GPUs, dtypes and head sizes, 4-bit codes, and machines without nvcc
-    (said once, in the log). Nothing here makes the host wait for the device.
+    The reference serves everything else: older GPUs, other dtypes and head sizes, and machines without nvcc (said once,
+    in the log). Nothing here makes the host wait for the device.
     """
 
     name = "cuda"
@@ -76,20 +76,22 @@ class CudaBackend(ReferenceBackend):
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """See `quantise.quantise_query`."""
         native = self._native(query, query.shape[3], query.shape[3], query.dtype)
-        if native is None or config.code_bits != 8:
+        if native is None:
             return super().quantise_query(query, grid, config)
+        if config.code_bits == 4:
+            return _centred_rows(native, query, grid)
         return _query_rows(native, query, grid)
 
     def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
         """See `quantise.quantise_key_range`."""
         native = self._native(kv.keys, kv.head_dim, kv.head_dim, kv.dtype)
-        if native is None or config.code_bits != 8:
+        if native is None:
             super().quantise_key_range(kv, config, start, out)
             return
         keys, centre = _aligned(kv.keys), out.centre.contiguous()
         tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
         call = abi.QuantiseKey(_key_grid(kv), tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
-        library.call(native, "quantise_key", call, kv.device)
+        library.call(native, "quantise_key" if config.code_bits == 8 else "quantise_key_4bit", call, kv.device)
 
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """See `sink_local.sink_local_log_sum_exp`."""
@@ -128,24 +130,40 @@ class CudaBackend(ReferenceBackend):
         kv: KvView,
     ) -> Selection:
         """See `select.select_blocks`."""
-        codes = query_codes.codes.contiguous()
+        codes, means = query_codes.codes.contiguous(), query_codes.block_means
         batch, heads, _, head_dim = codes.shape
-        native = self._native(codes, head_dim, head_dim, torch.bfloat16)
-        if native is None or query_codes.block_means is not None:
+        # Only the correction of centred queries reads keys.
+        native = self._native(codes, head_dim, head_dim, torch.bfloat16 if means is None else kv.dtype)
+        if native is None:
             return super().select(query_codes, key_codes, thresholds, plan, grid, kv)
         thresholds = thresholds.contiguous()
         words = torch.zeros(batch, heads, grid.query_blocks, grid.mask_words, dtype=torch.int32, device=codes.device)
-        call = abi.Select(
-            _grid(codes, grid, kv),
-            codes.data_ptr(),
-            *_code_tokens(key_codes, kv.tokens),
+        shape, key_tokens = _grid(codes, grid, kv), _code_tokens(key_codes, kv.tokens)
+        rest = (
             thresholds.data_ptr(),
             (ctypes.c_int32 * heads)(*plan.strides),
             plan.unstrided_from,
             words.data_ptr(),
             grid.mask_words,
         )
-        library.call(native, "select", call, codes.device)
+        if means is None:
+            call = abi.Select(shape, codes.data_ptr(), *key_tokens, *rest)
+            library.call(native, "select", call, codes.device)
+            return Selection(words, grid.key_blocks)
+        shape.dtype = abi.DTYPES[kv.dtype]
+        keys, scales, means = _aligned(kv.keys), query_codes.scales.contiguous(), means.contiguous()
+        centre = key_codes.centre.contiguous()
+        corrected = abi.Select4(
+            shape,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            means.data_ptr(),
+            *key_tokens,
+            abi.Tokens.of(keys, kv.page_table, kv.tokens),
+            centre.data_ptr(),
+            *rest,
+        )
+        library.call(native, "select_4bit", corrected, codes.device)
         return Selection(words, grid.key_blocks)
 
     def compute(
@@ -213,6 +231,18 @@ def _query_rows(
     )
     library.call(native, "query_rows", call, query.device)
     return result
+
+
+def _centred_rows(native: ctypes.CDLL, query: Tensor, grid: BlockGrid) -> QueryCodes:
+    """4-bit codes of rows less their query block's mean."""
+    query = _aligned(query)
+    codes = torch.empty(query.shape, dtype=torch.int8, device=query.device)
+    scales = torch.empty(query.shape[:3], device=query.device)
+    means = torch.empty(*query.shape[:2], grid.query_blocks, query.shape[3], device=query.device)
+    pointers = (tensor.data_ptr() for tensor in (codes, scales, means))
+    call = abi.QuantiseQuery4(_grid(query, grid), abi.Rows.of(query), *pointers)
+    library.call(native, "quantise_query_4bit", call, query.device)
+    return QueryCodes(codes, scales, means)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
