@@ -10,7 +10,7 @@ from . import reference as _reference
 from .attention import AttentionResult, attend
 from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
 from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
-from .decode import DecodeStep, decode_attention
+from .decode import DecodeStep, decode_attention, has_decode_kernel
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes, QueryCodes
@@ -40,5 +40,6 @@ __all__ = [
     "available_backends",
     "decode_attention",
     "get_backend",
+    "has_decode_kernel",
     "register_backend",
 ]

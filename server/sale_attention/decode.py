@@ -44,7 +44,7 @@ def decode_attention(
     """Attention of one row a sequence over the first `lengths[b]` keys of its own.
 
     Runs on native kernels on CUDA devices from compute capability 8.0 in bfloat16 and float16 at head_dim 64 and 128
-    (see `cuda.decode.covers`), else on torch operations that read all of `kv`, many times slower. Either way the host
+    (see `has_decode_kernel`), else on torch operations that read all of `kv`, many times slower. Either way the host
     waits for nothing, and what lies behind a length (NaN too) does not matter.
 
     Args:
@@ -68,6 +68,14 @@ def decode_attention(
     else:
         output, lse = _reference(query, kv, lengths, scale)
     return AttentionResult(output, lse if return_lse else None)
+
+
+def has_decode_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `decode_attention` runs natively there, for keys whose rows start at multiples of 16 bytes.
+
+    The first question may build the kernels.
+    """
+    return native.is_available(device, dtype, head_dim)
 
 
 def _check(query: Tensor, kv: KvView, lengths: Tensor) -> None:

@@ -165,8 +165,8 @@ def sale_attention_forward(
         window = _active_window(module, key, sliding_window)
         if attention_mask is not None or not causal or dropout > 0 or window is not None:
             raise ValueError("a decode step with lengths on the device knows no mask, dropout or sliding window")
-        return _decode(context.decode, query, key, value, scaling), None
-    if attention_mask is not None or not causal or dropout > 0 or kwargs.get("position_bias") is not None:
+        output = _decode(context.decode, query, key, value, scaling)
+    elif attention_mask is not None or not causal or dropout > 0 or kwargs.get("position_bias") is not None:
         if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
             raise ValueError(
                 f'attn_implementation="{NAME}" has neither dropout nor position bias for {query.shape[2]} rows behind '

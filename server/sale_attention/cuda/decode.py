@@ -23,16 +23,16 @@ _CHUNKS = 1024
 _SPLITS = (32, 1024)
 
 
+def is_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there is a kernel: CUDA from 8.0, 16-bit elements, head_dim 64 or 128."""
+    fits = device.type == "cuda" and dtype in abi.DTYPES and head_dim in _HEAD_DIMS
+    return fits and _library_for(device) is not None
+
+
 def covers(query: Tensor, kv: KvView) -> bool:
-    """Whether the kernel runs this: CUDA from 8.0, 16-bit, head_dim 64 or 128, and rows that start at 16 bytes."""
-    fits = (
-        query.is_cuda
-        and query.dtype in abi.DTYPES
-        and kv.head_dim in _HEAD_DIMS
-        and kv.value_dim == kv.head_dim
-        and kv.tokens < 2**31
-    )
-    return fits and _aligned(kv.keys) and _aligned(kv.values) and _library_for(query.device) is not None
+    """Whether the kernel runs this call: there is one, and rows start at multiples of 16 bytes."""
+    fits = kv.value_dim == kv.head_dim and kv.tokens < 2**31 and _aligned(kv.keys) and _aligned(kv.values)
+    return fits and is_available(query.device, query.dtype, kv.head_dim)
 
 
 def decode(query: Tensor, kv: KvView, lengths: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
