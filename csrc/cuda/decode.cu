@@ -45,12 +45,12 @@ struct Cut {
 // A warp's way through its items: `first`, `first + stride` and so on, and the keys of each in steps.
 struct Walk {
   int item, batch = 0, passed = 0;  // passed: items of the sequences before `batch`
-  int group_tiles;                  // tiles of kRows query heads over all KV heads
+  int tiles;                        // of kRows query heads, a KV head
   Cut cut;
-  int tile, split, token, end;      // where it is now; tile counts group_tiles
+  int kv_head, tile, split, token, end;  // where it is now
 
   __device__ __forceinline__ Walk(const SaleCudaDecode& call, int tiles, int first)
-      : item(first), group_tiles(tiles), cut(call, 0) {
+      : item(first), tiles(tiles), cut(call, 0) {
     settle(call);
   }
   __device__ __forceinline__ bool valid(const SaleCudaDecode& call) const { return batch < call.batch; }
@@ -59,12 +59,14 @@ struct Walk {
     settle(call);
   }
   __device__ __forceinline__ void settle(const SaleCudaDecode& call) {
-    while (item - passed >= cut.count * group_tiles) {
-      passed += cut.count * group_tiles;
+    while (item - passed >= cut.count * tiles * call.kv_heads) {
+      passed += cut.count * tiles * call.kv_heads;
       if (++batch == call.batch) return;
       cut = Cut(call, batch);
     }
-    tile = (item - passed) / cut.count;
+    const int row = (item - passed) / cut.count;
+    kv_head = row / tiles;
+    tile = row % tiles;
     split = (item - passed) % cut.count;
     token = split * cut.chunk;
     end = min(token + cut.chunk, cut.length);
@@ -81,26 +83,27 @@ struct Producer {
 
   Walk walk;
   int64_t unit = 0;  // of the step that comes next: fetched a step early
-  int kv_tiles, lane, stride;
+  int unit_token = 0, lane, stride;
   uint32_t target;   // this lane's byte within the first rows of a stage
 
-  __device__ __forceinline__ Producer(const SaleCudaDecode& call, int tiles, int tiles_a_kv_head, int first, int warps)
-      : walk(call, tiles, first), kv_tiles(tiles_a_kv_head), lane(threadIdx.x % 32), stride(warps) {
+  __device__ __forceinline__ Producer(const SaleCudaDecode& call, int tiles, int first, int warps)
+      : walk(call, tiles, first), lane(threadIdx.x % 32), stride(warps) {
     target = lane * 16 ^ lane / kPieces * 16;
     look_up(call);
   }
   __device__ __forceinline__ void look_up(const SaleCudaDecode& call) {
     if (!walk.valid(call)) return;
-    const SaleCudaTokens& keys = call.keys;
-    unit = keys.page_table == nullptr
-               ? walk.batch
-               : keys.page_table[walk.batch * keys.page_table_stride +
-                                 walk.token / static_cast<int>(keys.unit_tokens) * keys.page_table_step];
+    unit = walk.batch;
+    unit_token = walk.token;
+    const SaleCudaTokens& keys = call.keys;  // values have the same table
+    if (keys.page_table == nullptr) return;
+    const int page_tokens = static_cast<int>(keys.unit_tokens), page = walk.token / page_tokens;
+    unit = keys.page_table[walk.batch * keys.page_table_stride + page * keys.page_table_step];
+    unit_token = walk.token - page * page_tokens;
   }
   __device__ __forceinline__ const T* source(const SaleCudaTokens& from) const {
-    const int token = from.page_table == nullptr ? walk.token : walk.token % static_cast<int>(from.unit_tokens);
-    return static_cast<const T*>(from.data) + unit * from.unit_stride + walk.tile / kv_tiles * from.head_stride +
-           token * from.token_stride;
+    return static_cast<const T*>(from.data) + unit * from.unit_stride + walk.kv_head * from.head_stride +
+           unit_token * from.token_stride;
   }
   __device__ __forceinline__ void copy(const SaleCudaTokens& from, char* stage) const {
     const T* first = source(from) + lane % kPieces * 8;
@@ -270,10 +273,10 @@ __global__ void __launch_bounds__(32 * kWarps) decode_chunks(const SaleCudaDecod
   extern __shared__ uint4 memory[];
   const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
   char* ring = reinterpret_cast<char*>(memory) + warp * kStages * kStageBytes;
-  const int group = call.heads / call.kv_heads, kv_tiles = (group + kRows - 1) / kRows;
+  const int group = call.heads / call.kv_heads;
   const int warps = gridDim.x * kWarps, first = warp * gridDim.x + blockIdx.x;
 
-  Producer<T, kDim> producer(call, call.kv_heads * kv_tiles, kv_tiles, first, warps);
+  Producer<T, kDim> producer(call, (group + kRows - 1) / kRows, first, warps);
   Walk walk = producer.walk;
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) producer.step(call, ring + stage * kStageBytes);
@@ -282,8 +285,7 @@ __global__ void __launch_bounds__(32 * kWarps) decode_chunks(const SaleCudaDecod
   const float scale = call.scale * kLog2e;
   int stage = 0, free_stage = kStages - 1;
   while (walk.valid(call)) {
-    const int first_head = walk.tile / kv_tiles * group + walk.tile % kv_tiles * kRows;
-    const int rows = min(kRows, group - walk.tile % kv_tiles * kRows);
+    const int first_head = walk.kv_head * group + walk.tile * kRows, rows = min(kRows, group - walk.tile * kRows);
     attention.start(call, walk.batch, first_head, rows, lane);
     for (; walk.token < walk.end; walk.token += attention.kStepKeys) {
       copy_wait<kStages - 2>();
@@ -361,8 +363,8 @@ int run(const SaleCudaDecode& call, cudaStream_t stream) {
   int resident = 0;
   const cudaError_t asked = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * kWarps, kBytes);
   if (asked != cudaSuccess) return asked;
-  const int group = call.heads / call.kv_heads, kv_tiles = (group + kRows - 1) / kRows;
-  const int64_t items = int64_t{call.batch} * call.kv_heads * kv_tiles * call.splits;
+  const int tiles = (call.heads / call.kv_heads + kRows - 1) / kRows;
+  const int64_t items = int64_t{call.batch} * call.kv_heads * tiles * call.splits;
   const int64_t most = int64_t{resident} * call.multiprocessors;
   kernel<<<static_cast<unsigned>(items < most ? items : most), 32 * kWarps, kBytes, stream>>>(call);
   decode_merge<T, kDim><<<dim3(call.heads, call.batch), kMergeThreads, 0, stream>>>(call);
