@@ -71,6 +71,8 @@ struct Wide<__nv_bfloat16> {
   __device__ __forceinline__ static float2 unpack(uint32_t bits) {
     return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
   }
+  __device__ __forceinline__ static __nv_bfloat16 of(float x) { return __float2bfloat16_rn(x); }
+  __device__ __forceinline__ static float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   __device__ __forceinline__ static void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_bf16(c, a, b0, b1);
   }
@@ -85,6 +87,8 @@ struct Wide<__half> {
   __device__ __forceinline__ static float2 unpack(uint32_t bits) {
     return __half22float2(*reinterpret_cast<const __half2*>(&bits));
   }
+  __device__ __forceinline__ static __half of(float x) { return __float2half_rn(x); }
+  __device__ __forceinline__ static float widen(__half x) { return __half2float(x); }
   __device__ __forceinline__ static void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_f16(c, a, b0, b1);
   }

@@ -21,6 +21,10 @@ __device__ __forceinline__ void copy_async_word(void* target, const void* source
   const int bytes = present ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes));
 }
+// Read once: it passes by the L1, and the L2 fetches 256 bytes at a time.
+__device__ __forceinline__ void copy_streamed(void* target, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source));
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
 __device__ __forceinline__ void copy_wait() {

@@ -85,7 +85,7 @@ __device__ __forceinline__ void mean_of_columns(const Element (*rows)[kDim], int
   constexpr int kShares = kThreads / kDim;
   const int column = threadIdx.x % kDim, share = threadIdx.x / kDim;
   double sum = 0.0;
-  for (int row = share; row < count; row += kShares) sum += static_cast<float>(rows[row][column]);
+  for (int row = share; row < count; row += kShares) sum += Wide<Element>::widen(rows[row][column]);
   sums[share][column] = sum;
   __syncthreads();
   if (threadIdx.x < kDim) {

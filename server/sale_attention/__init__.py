@@ -10,6 +10,7 @@ from . import reference as _reference
 from .attention import AttentionResult, attend
 from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
 from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
+from .decode import DecodeStep, decode_attention, has_decode_kernel
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes, QueryCodes
@@ -26,6 +27,7 @@ __all__ = [
     "AttentionResult",
     "AttentionStatistics",
     "BlockGrid",
+    "DecodeStep",
     "HeadPlan",
     "KeyCodes",
     "KvView",
@@ -36,6 +38,8 @@ __all__ = [
     "Selection",
     "attend",
     "available_backends",
+    "decode_attention",
     "get_backend",
+    "has_decode_kernel",
     "register_backend",
 ]

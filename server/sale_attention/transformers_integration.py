@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .attention import attend
 from .backends import AUTO
 from .config import LayerPolicy, SaleConfig
+from .decode import DecodeStep, decode_attention
 from .kv_view import KvView
 from .state import LayerState
 from .statistics import AttentionStatistics
@@ -49,6 +50,7 @@ class AttentionContext:
         statistics: where layers report their costs.
         on_layer: called with the layer's index after its attention; an exception it raises ends the forward pass.
         backend: name of the attention backend.
+        decode: the pass is one decode step over caches that return all of their capacity; lengths are on the device.
     """
 
     config: SaleConfig = field(default_factory=SaleConfig)
@@ -59,6 +61,7 @@ class AttentionContext:
     statistics: AttentionStatistics | None = None
     on_layer: Callable[[int], None] | None = None
     backend: str = AUTO
+    decode: DecodeStep | None = None
 
 
 _DEFAULT_CONTEXT = AttentionContext()
@@ -151,13 +154,19 @@ def sale_attention_forward(
         `[B, Nq, H, d_v]` and None for the weights, which are never formed.
 
     Raises:
-        ValueError: for a feature that neither SALE nor SDPA has, naming the implementation that has it.
+        ValueError: for a feature that neither SALE nor SDPA has, naming the implementation that has it; for one that a
+            decode step with lengths on the device does not have.
     """
     _refuse_unsupported(kwargs)
     context = _current.get()
     layer = getattr(module, "layer_idx", 0)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is not None or not causal or dropout > 0 or kwargs.get("position_bias") is not None:
+    if context.decode is not None:
+        window = _active_window(module, key, sliding_window)
+        if attention_mask is not None or not causal or dropout > 0 or window is not None:
+            raise ValueError("a decode step with lengths on the device knows no mask, dropout or sliding window")
+        output = _decode(context.decode, query, key, value, scaling)
+    elif attention_mask is not None or not causal or dropout > 0 or kwargs.get("position_bias") is not None:
         if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
             raise ValueError(
                 f'attn_implementation="{NAME}" has neither dropout nor position bias for {query.shape[2]} rows behind '
@@ -200,6 +209,11 @@ def _attend(
         return_lse=False,
     )
     return result.output.transpose(1, 2).contiguous()
+
+
+def _decode(step: DecodeStep, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    kv = step.view(key, value)
+    return decode_attention(query, kv, step.lengths, scale=scaling, return_lse=False).output.transpose(1, 2)
 
 
 def _active_window(module: nn.Module, key: Tensor, sliding_window: int | None) -> int | None:

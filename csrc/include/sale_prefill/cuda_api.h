@@ -141,4 +141,29 @@ int32_t sale_cuda_quantise_query_4bit(const SaleCudaQuantiseQuery4* call, void* 
 int32_t sale_cuda_quantise_key_4bit(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_select_4bit(const SaleCudaSelect4* call, void* stream);
 
+// Decode: one query row a sequence, over the first lengths[b] tokens of its keys. The host reads nothing on the device,
+// and neither the launch nor the scratch memory depends on the lengths, so that a captured call can be replayed.
+struct SaleCudaDecode {
+  SaleCudaRows query;  // [batch, heads, 1, head_dim]
+  SaleCudaTokens keys;
+  SaleCudaTokens values;
+  SaleCudaRows output;
+  float* lse;             // [batch, heads], natural; null: not wanted
+  const void* lengths;    // [batch], int64 or int32
+  float* partial;         // scratch [batch, heads, splits, head_dim]
+  float* partial_lse;     // scratch [batch, heads, splits]
+  int64_t capacity;       // tokens that a sequence can have, and a length's limit
+  int32_t batch;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t dtype;  // SaleCudaDtype
+  int32_t lengths_64_bit;
+  int32_t splits;       // chunks that a sequence is cut into, at most 1024
+  int32_t least_chunk;  // tokens, a multiple of 32; splits * least_chunk may be less than the capacity
+  int32_t multiprocessors;
+  float scale;
+};
+int32_t sale_cuda_decode(const SaleCudaDecode* call, void* stream);
+
 }  // extern "C"

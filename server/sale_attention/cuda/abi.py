@@ -171,6 +171,25 @@ class Select4(ctypes.Structure):
     ]
 
 
+class Decode(ctypes.Structure):
+    """SaleCudaDecode."""
+
+    _fields_ = [
+        ("query", Rows),
+        ("keys", Tokens),
+        ("values", Tokens),
+        ("output", Rows),
+        ("lse", c_void_p),
+        ("lengths", c_void_p),
+        ("partial", c_void_p),
+        ("partial_lse", c_void_p),
+        ("capacity", c_int64),
+        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype", "lengths_64_bit")),
+        *((name, c_int32) for name in ("splits", "least_chunk", "multiprocessors")),
+        ("scale", c_float),
+    ]
+
+
 CALLS: dict[str, type[ctypes.Structure]] = {
     "key_centre": KeyCentre,
     "quantise_key": QuantiseKey,
@@ -180,6 +199,7 @@ CALLS: dict[str, type[ctypes.Structure]] = {
     "quantise_query_4bit": QuantiseQuery4,
     "quantise_key_4bit": QuantiseKey,
     "select_4bit": Select4,
+    "decode": Decode,
 }
 
 

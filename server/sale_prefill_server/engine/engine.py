@@ -12,6 +12,7 @@ import torch
 from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
 from sale_attention.crossover import costs_of, crossover_position
 from sale_attention.transformers_integration import AttentionContext, attention_context
+from sale_prefill_server.engine.decode import GraphDecoder
 from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.kv.pool import KvPool
@@ -32,6 +33,7 @@ class Engine:
         attention_backend: name of the backend that runs SALE, or "auto".
         crossover: let each session's rows take dense attention up to where sparse is expected to pay; else up to
             `config.dense_rows`.
+        decode_graphs: decode by CUDA graphs on a CUDA device; a model that cannot is decoded launch by launch.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Engine:
         chunk_tokens: int,
         attention_backend: str,
         crossover: bool = False,
+        decode_graphs: bool = True,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -53,6 +56,7 @@ class Engine:
         self._backend_name = attention_backend
         self._backend = get_backend(attention_backend, model.device)
         self._has_crossover = crossover
+        self._graphs = GraphDecoder(model) if decode_graphs and model.device.type == "cuda" else None
 
     @property
     def attention_backend(self) -> str:
@@ -120,6 +124,9 @@ class Engine:
     @torch.inference_mode()
     def decode_token(self, sequence: Sequence, token_id: int) -> torch.Tensor:
         """Appends one token with dense attention; returns logits as `prefill_chunk` does."""
+        logits = None if self._graphs is None else self._graphs.decode(sequence, token_id)
+        if logits is not None:
+            return logits
         with attention_context(AttentionContext(config=sequence.config, dense=True)):
             return self._forward(sequence, [token_id])
 
@@ -132,16 +139,21 @@ class Engine:
         return logits.float().cpu()
 
     def warm_up(self) -> float:
-        """Runs one short prefill and one decode step, building what is built just in time. Returns seconds."""
+        """Runs one short prefill and a decode step (or two, for a graph), building what is built just in time.
+
+        Returns seconds.
+        """
         started = time.perf_counter()
-        count = min(_WARM_UP_TOKENS, self.model.max_sequence_tokens - 1)
+        decoded = 1 if self._graphs is None else 2
+        count = min(_WARM_UP_TOKENS, self.model.max_sequence_tokens - decoded)
         sequence = self.open(self.defaults)
         try:
-            sequence.kv.reserve(count + 1)
+            sequence.kv.reserve(count + decoded)
             sequence.config = self.config  # sparse rows as early as they may be, so that every kernel runs once
             tokens = [position % self.model.vocabulary_size for position in range(count)]
             self.prefill_chunk(sequence, tokens, prompt_end=count, statistics=self.new_statistics())
-            self.decode_token(sequence, 0)
+            for _ in range(decoded):
+                self.decode_token(sequence, 0)
         finally:
             sequence.release()
         return time.perf_counter() - started

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from sale_attention import LayerPolicy, LayerState, SaleConfig
 from sale_prefill_server.engine.cache import SessionCache
 from sale_prefill_server.kv.pool import SessionKv
+
+if TYPE_CHECKING:
+    from sale_prefill_server.engine.decode import SequenceGraph
 
 
 class AttentionMode(StrEnum):
@@ -33,7 +37,8 @@ class Sequence:
     """Owned by its session; used by one engine step at a time.
 
     `config` and `policies` (one a layer) are fixed for its life, so that chunks and appends cannot change a result.
-    `states` (one a layer) can be recomputed from the KV and never travel.
+    `states` (one a layer) can be recomputed from the KV and never travel, no more than `decode_graph` and `has_decoded`
+    do, which belong to `decode.GraphDecoder`.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class Sequence:
         self.policies = policies
         self.states = [LayerState() for _ in policies]
         self.cache = SessionCache(kv)
+        self.has_decoded = False
+        self.decode_graph: SequenceGraph | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -60,4 +67,5 @@ class Sequence:
     def release(self) -> None:
         """Gives the memory back once the last reader is done."""
         self.states.clear()
+        self.decode_graph = None
         self.kv.release()

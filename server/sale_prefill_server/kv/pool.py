@@ -76,8 +76,8 @@ class KvPool:
 class SessionKv:
     """KV of one session.
 
-    One thread writes (`append`, `truncate`); others may read tokens below a length that they saw while holding a
-    reference: an append never touches those, and a move to a larger buffer leaves the old one to its readers.
+    One thread writes (`append`, `buffers`, `truncate`); others may read tokens below a length that they saw while
+    holding a reference: an append never touches those, and a move to a larger buffer leaves the old one to its readers.
     """
 
     def __init__(self, pool: KvPool) -> None:
@@ -86,6 +86,7 @@ class SessionKv:
         self._lock = threading.Lock()
         self._reserved_tokens = 0
         self._lengths = [0] * pool.shape.num_layers
+        self._moves = 0
         empty = self._allocate(0)
         self._keys = [empty] * pool.shape.num_layers
         self._values = [empty] * pool.shape.num_layers
@@ -104,6 +105,11 @@ class SessionKv:
     def size_bytes(self) -> int:
         """Bytes taken from the pool."""
         return self._reserved_tokens * self.shape.bytes_per_token
+
+    @property
+    def moves(self) -> int:
+        """How often memory has moved: addresses seen at an equal count are still good."""
+        return self._moves
 
     def length(self, layer: int) -> int:
         """Tokens that one layer holds; within a step, earlier layers are ahead."""
@@ -133,18 +139,42 @@ class SessionKv:
         """
         start = self._lengths[layer]
         end = start + keys.shape[2]
-        if end > self._reserved_tokens:
-            raise ValueError(
-                f"layer {layer}: {end} tokens do not fit the {self._reserved_tokens} reserved; call reserve"
-            )
-        if end > self._keys[layer].shape[2]:
-            self._grow(layer, start)
+        self._make_room(layer, end)
         self._keys[layer][:, :, start:end] = keys
         self._values[layer][:, :, start:end] = values
         self._lengths[layer] = end
         return self.view(layer, end)
 
+    def make_room(self, num_tokens: int) -> None:
+        """Gives every layer memory for `num_tokens`, as `append` does for its own; for a writer to `buffers`.
+
+        Raises:
+            ValueError: past what was reserved.
+        """
+        for layer in range(self.shape.num_layers):
+            self._make_room(layer, num_tokens)
+
+    def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's K and V [1, num_kv_heads, capacity, head_dim], for the one thread that writes.
+
+        They are good until `moves` counts on. What it writes behind the length counts by `extend_to`.
+        """
+        return self._keys[layer], self._values[layer]
+
+    def extend_to(self, num_tokens: int) -> None:
+        """Counts tokens that were written to the `buffers` of all layers."""
+        self._lengths = [num_tokens] * self.shape.num_layers
+
+    def _make_room(self, layer: int, num_tokens: int) -> None:
+        if num_tokens > self._reserved_tokens:
+            raise ValueError(
+                f"layer {layer}: {num_tokens} tokens do not fit the {self._reserved_tokens} reserved; call reserve"
+            )
+        if num_tokens > self._keys[layer].shape[2]:
+            self._grow(layer, self._lengths[layer])
+
     def _grow(self, layer: int, kept_tokens: int) -> None:
+        self._moves += 1
         # One layer at a time, so that old and new exist together for one layer only.
         for tensors in (self._keys, self._values):
             grown = self._allocate(self._reserved_tokens)
