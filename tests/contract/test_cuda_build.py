@@ -30,16 +30,21 @@ SM80, SM90 = ("80", "86", "89"), ("90a",)
 #: None says that a source is host code. A source without an entry fails a test.
 INSTRUCTIONS: dict[str, dict[tuple[str, ...], tuple[str, ...]] | None] = {
     "api.cu": None,
-    "quantise.cu": {SM80 + SM90: ("LDG.E.128*", "F2I.NTZ")},
-    "*quantise_4bit.cu": {SM80 + SM90: ("LDG.E.128*", "F2I*")},
-    "sink_local.cu": {SM80 + SM90: ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS*.128*", "LDSM.16.M88.4", "MUFU.EX2")},
+    "key_centre.cu": {SM80 + SM90: ("DADD",)},
+    "quantise_key.cu": {SM80 + SM90: ("LDG.E.128*", "MUFU.RCP")},
+    "query_rows.cu": {
+        SM80 + SM90: ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "LDGSTS.E.BYPASS*.128*", "LDS.128", "MUFU.EX2")
+    },
+    "quantise_4bit.cu": {SM80 + SM90: ("LDG.E.128*", "F2I*")},
     # Hopper has no 4-bit tensor cores: there the same instruction is two of the 8-bit ones.
-    "*select_4bit.cu": {SM80: ("IMMA.16864.S4.S4",), SM90: ("IMMA.16832.S8.S8",)},
-    "*decode.cu": {SM80 + SM90: ("HMMA.16816.F32*", "LDGSTS.E*.128*", "MUFU.EX2")},
+    "select_4bit.cu": {SM80: ("IMMA.16864.S4.S4",), SM90: ("IMMA.16832.S8.S8",)},
+    "decode.cu": {SM80 + SM90: ("HMMA.16816.F32*", "LDGSTS.E*.128*", "MUFU.EX2")},
     "sm80/select_s8.cu": {SM80: ("IMMA.16832.S8.S8", "LDGSTS.E*.128*")},
-    "sm80/attend*.cu": {SM80: ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "LDGSTS.E*.128*", "MUFU.EX2")},
-    "sm90/select_s8.cu": {SM90: ("IGMMA.64x128x32.S8.S8", "UTMALDG.4D", "USETMAXREG*")},
-    "sm90/attend_bf16.cu": {SM90: ("HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "USETMAXREG*", "MUFU.EX2")},
+    "sm80/attend.cu": {SM80: ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "LDGSTS.E*.128*", "MUFU.EX2")},
+    "sm90/select_s8.cu": {SM90: ("IGMMA.64x*x32.S8.S8", "UTMALDG.4D.MULTICAST", "USETMAXREG*")},
+    "sm90/attend.cu": {
+        SM90: ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32", "UTMALDG.4D", "USETMAXREG*", "MUFU.EX2")
+    },
     "sm90/tensor_map.cu": None,
 }
 

@@ -8,7 +8,7 @@
 // softmax hides behind the other's products.
 //
 // Barriers (each phase flips once a use):
-//   work_full[2]  1 arrival                       the item's number, list lengths and edge slots are there
+//   work_full[2]  1 arrival a lane of a producer    the item's number, list lengths and edge slots are there
 //   work_free[2]  1 a consumer warp, 1 a producer  nobody reads them any more
 //   query_full    1 arrival + Q's bytes; query_free: 1 arrival a consumer warp
 //   key_full[s], value_full[s]                   1 arrival + a stage's bytes
@@ -118,10 +118,8 @@ struct Producer {
     barrier_wait(&shared.work_free[turn & 1], (turn >> 1 & 1) ^ 1);  // every lane: all of them write
     if (number >= launch.items) number = kAbsent;
     if (number != kAbsent) plan_edges(blocks, Item(launch.call.grid, blocks.query_blocks(), number), work);
-    if (lane == 0) {
-      work.number = number;
-      barrier_arrive(&shared.work_full[turn & 1]);
-    }
+    if (lane == 0) work.number = number;
+    barrier_arrive(&shared.work_full[turn & 1]);  // every lane, for what it wrote
     return number;
   }
 
@@ -495,7 +493,7 @@ __global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1) attend_kernel(cons
     barrier_init(&shared.query_full, 1);
     barrier_init(&shared.query_free, 4 * kWarpgroups);
     for (int turn = 0; turn < 2; ++turn) {
-      barrier_init(&shared.work_full[turn], 1);
+      barrier_init(&shared.work_full[turn], 32);
       barrier_init(&shared.work_free[turn], 4 * kWarpgroups + 2);
     }
     for (int stage = 0; stage < kStages; ++stage) {

@@ -18,6 +18,9 @@
 namespace sale::cuda {
 namespace {
 
+#ifndef SELECT_HALVES
+#define SELECT_HALVES 0
+#endif
 constexpr int kWarpgroups = kUnits;
 constexpr int kStages = 4;
 constexpr int kCluster = 2;  // CTAs that share tiles of keys, each fetching its part for all
