@@ -87,6 +87,9 @@ check-attention: $(STAMP)  ## measure what CPU attention promises, on real trace
 check-kernels: $(STAMP)  ## compile all CUDA kernels for all targets, no GPU needed; fail on spills or other instructions
 	$(BIN)/python -m pytest tests/contract/test_cuda_build.py $(ARGS)
 
+check-gpu: $(STAMP)  ## measure what attention promises on one H100; fail where a promise falls short
+	$(BIN)/python -m benchmarks.check_gpu $(ARGS)
+
 # libasan must be in the process before python is; leaks are the interpreter's own.
 check-sanitize: $(STAMP)  ## run the conformance kit on CPU kernels built for AddressSanitizer and UBSan
 	@cxx=$${CXX:-g++} && SALE_PREFILL_CPU_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \

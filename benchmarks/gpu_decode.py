@@ -29,6 +29,8 @@ from sale_prefill_server.kv.pool import KvPool
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _K = 1024
+#: Of an H100's memory, nominal.
+PEAK_GIGABYTES_A_SECOND = 3350.0
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,20 @@ def problem(case: Case, heads: int, kv_heads: int, head_dim: int, dtype: torch.d
     return query, KvView(keys, values, table, table.shape[1] * case.page_tokens), lengths
 
 
-def measure(case: Case, arguments: argparse.Namespace, copy: float) -> None:
-    """Prints one case's line."""
-    shape = (arguments.heads, arguments.kv_heads, arguments.head_dim)
-    query, kv, lengths = problem(case, *shape, _DTYPES[arguments.dtype])
+def time_case(
+    case: Case, heads: int = 32, kv_heads: int = 8, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, float]:
+    """Milliseconds and GB/s of one case."""
+    query, kv, lengths = problem(case, heads, kv_heads, head_dim, dtype)
     assert native.covers(query, kv), "no kernel here; the torch fallback is not worth timing"
     graph = captured(lambda: decode_attention(query, kv, lengths, return_lse=False))
     took = milliseconds(graph.replay)
-    gigabytes = sum(case.lengths) * arguments.kv_heads * arguments.head_dim * 2 * query.element_size() / 1e9
-    rate = gigabytes / took * 1e3
+    return took, sum(case.lengths) * kv_heads * head_dim * 2 * query.element_size() / 1e6 / took
+
+
+def measure(case: Case, arguments: argparse.Namespace, copy: float) -> None:
+    """Prints one case's line."""
+    took, rate = time_case(case, arguments.heads, arguments.kv_heads, arguments.head_dim, _DTYPES[arguments.dtype])
     print(f"{case.name:46} {took:8.3f} {rate:8.0f} {rate / arguments.peak:8.1%} {rate / copy:8.1%}", flush=True)
 
 
@@ -177,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
-    parser.add_argument("--peak", type=float, default=3350.0, help="the memory's nominal GB/s")
+    parser.add_argument("--peak", type=float, default=PEAK_GIGABYTES_A_SECOND, help="the memory's nominal GB/s")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--model", type=Path, help="a model directory: time decoded tokens of it instead")
     parser.add_argument("--tokens", type=int, default=8192, help="its prompt")

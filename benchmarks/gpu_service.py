@@ -13,13 +13,12 @@ at 64K and 45 s at 128K (dense and two strides of SALE); `default` a minute, mos
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_traces import locate_traces
+from benchmarks.gpu_rows import Row, print_rows, write_rows
 from benchmarks.gpu_server import ChildServer, Inside, RandomLlama, child_server
-from benchmarks.report import provenance
 from benchmarks.served import question_prompt
 from benchmarks.texts import PASSWORD, RESTAURANT, documents
 from sale_attention import BlockGrid, KvView, SaleConfig, get_backend
@@ -72,29 +71,6 @@ CHATS = {
 }
 #: A question that has close calls.
 CLOSE_QUESTION = (RESTAURANT, 5200, 30_000)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; without `required`, it informs only."""
-
-    line: str
-    required: str
-    aim: str
-    measured: str
-    passed: bool
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """The row for other programs."""
-        return {
-            "line": self.line,
-            "required": self.required,
-            "aim": self.aim,
-            "measured": self.measured,
-            "pass": self.passed,
-            "details": self.details,
-        }
 
 
 @dataclass(frozen=True)
@@ -481,14 +457,6 @@ def _say(text: str) -> None:
     print(f"     {text}", flush=True)
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """The table."""
-    print(f"\n{'':5}{'line':<76} {'required':<30} {'aim':<6} measured")
-    for row in rows:
-        mark = ("ok" if row.passed else "FAIL") if row.required else ""
-        print(f"{mark:<5}{row.line:<76} {row.required:<30} {row.aim:<6} {row.measured}")
-
-
 def main() -> int:
     """Measures, prints, writes. Returns an exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -535,8 +503,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         _say(f"{name} took {time.perf_counter() - started:.0f} s")
         if arguments.json:  # after every part, so that a run that is cut short leaves what it has
-            content = {**provenance("python -m benchmarks.gpu_service"), "rows": [row.as_json() for row in rows]}
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+            write_rows(arguments.json, rows, "python -m benchmarks.gpu_service")
     print_rows(rows)
     return 0 if all(row.passed for row in rows) else 1
 

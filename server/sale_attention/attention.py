@@ -16,6 +16,7 @@ from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .quantise import KeyCodes
+from .select import Selection
 from .state import LayerState
 from .statistics import AttentionStatistics
 
@@ -169,7 +170,7 @@ class _Call:
                 selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
             with self._phase("compute"):
                 backend.compute(query, kv, selection, plan, grid, scale, output, lse)
-            self._count_sparse(grid, selection.kept_blocks())
+            self._count_sparse(grid, selection)
         group = query.shape[1] // kv.kv_heads
         for kv_head in range(kv.kv_heads):
             heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if plan.dense[head]]
@@ -221,9 +222,10 @@ class _Call:
         self.statistics.count_blocks(self.layer, blocks, blocks)
         self.statistics.count_dense(grid.query_tokens, batch * len(heads), reason, explanation)
 
-    def _count_sparse(self, grid: BlockGrid, kept_blocks: Tensor) -> None:
+    def _count_sparse(self, grid: BlockGrid, selection: Selection) -> None:
         if self.statistics is None:
             return
+        kept_blocks = selection.kept_blocks()
         batch = self.query.shape[0]
         sparse = torch.tensor([not dense for dense in self.plan.dense]).to(kept_blocks.device, non_blocking=True)
         computed = (kept_blocks + grid.always_attended_blocks() * batch) * sparse

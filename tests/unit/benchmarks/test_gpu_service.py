@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.attention_traces import save_trace
+from benchmarks.gpu_rows import Row
 from benchmarks.gpu_server import RandomLlama, TraceInjection, _tile, child_server
-from benchmarks.gpu_service import TINY, Row, _comparison, measure_large_model
+from benchmarks.gpu_service import TINY, _comparison, measure_large_model
 from sale_prefill_client import DecodedToken
 from sale_prefill_client.results import TokenLogit
 

@@ -1,0 +1,164 @@
+"""What attention on a GPU promises, measured: `make check-gpu`.
+
+    python -m benchmarks.check_gpu [--only kernels decode ...] [--traces DIR] [--prototypes DIR] [--commit HASH]
+
+Prints every line with required, aim and measured, and writes them to `benchmarks/results/gpu-h100.json`. Needs an H100,
+the wheel `fa3-fwd`, traces (`benchmarks/attention_traces.py` says where), and pytest for the conformance kit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_decode, gpu_kernels, gpu_service
+from benchmarks.attention_traces import TRACES_VARIABLE, locate_traces
+from benchmarks.gpu_rows import Row, at_least, at_most, information, print_rows, write_rows
+from benchmarks.report import ROOT
+from sale_attention.jit import CACHE_VARIABLE
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu-h100.json"
+KIT = "tests/conformance/test_conformance.py"
+BUILD = "from sale_attention import get_backend; print(get_backend('cuda').description)"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, changed."""
+    return {**os.environ, **changes}
+
+
+def kit_rows(architecture: str | None) -> list[Row]:
+    """The conformance kit on the GPU, natively or through another target's kernels."""
+    changes = {} if architecture is None else {"SALE_PREFILL_CUDA_ARCH": architecture}
+    command = [sys.executable, "-m", "pytest", KIT, "-k", "cuda", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
+    passed = done.returncode == 0 and "passed" in last
+    if not passed:
+        print(done.stdout[-4000:])
+    target = "" if architecture is None else f", sm_{architecture} kernels from PTX, s4 included"
+    return [Row(f"conformance kit{target}", "passes", "", last.strip("= "), passed)]
+
+
+def sanitizer_rows(tool: str) -> list[Row]:
+    """memcheck or racecheck over every kernel on small shapes."""
+    line = f"compute-sanitizer {tool}, every kernel, small shapes"
+    if shutil.which("compute-sanitizer") is None:
+        return [Row(line, "clean", "", "not installed", False)]
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=sale", "--error-exitcode", "3"]
+    command += [sys.executable, "-m", "benchmarks.gpu_sanitize"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout)
+    measured = summary[-1] if summary else done.stdout[-200:] + done.stderr[-200:]
+    clean = done.returncode == 0 and bool(summary)
+    if not clean:
+        print(done.stdout[-3000:])
+    return [Row(line, "clean", "", measured, clean)]
+
+
+def correctness_rows() -> list[Row]:
+    """Whatever is not timed, side by side."""
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(kit_rows, None), pool.submit(kit_rows, "80")]
+        jobs += [pool.submit(sanitizer_rows, tool) for tool in ("memcheck", "racecheck")]
+        return [row for job in jobs for row in job.result()]
+
+
+def build_rows() -> list[Row]:
+    """The first build, from nothing, with eight compiler processes at a time."""
+    with tempfile.TemporaryDirectory() as cache:
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD],
+            env=environment(**{CACHE_VARIABLE: cache}, MAX_JOBS="8"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - started
+        built = next(Path(cache).rglob("built-in-seconds"), None)
+        alone = built.read_text().strip() if built else "?"
+    row = at_most("first JIT build, 8 compilers, imports included", 120, 60, seconds, " s", build_seconds=alone)
+    return [row if done.stdout.startswith("cuda-") else Row(row.line, row.required, row.aim, done.stderr[-300:], False)]
+
+
+def decode_rows() -> list[Row]:
+    """Decode attention's share of the memory's bandwidth."""
+    copy = gpu_decode.copy_rate()
+    rows = [information("memory: a copy, bytes read and written", f"{copy:.0f} GB/s")]
+    for case in gpu_decode.CASES:
+        milliseconds, rate = gpu_decode.time_case(case)
+        share = 100 * rate / gpu_decode.PEAK_GIGABYTES_A_SECOND
+        if case.name == "16 x 64K":
+            line = f"decode, 1 query, 64K KV, 16 sessions, share of {gpu_decode.PEAK_GIGABYTES_A_SECOND:.0f} GB/s"
+            rows.append(at_least(line, 70, 85, share, " %", milliseconds=milliseconds, of_copy=rate / copy))
+        else:
+            rows.append(
+                information(f"... decode {case.name}", f"{milliseconds:.3f} ms, {rate:.0f} GB/s, {share:.0f} %")
+            )
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> int:
+    """Measures, prints, writes. Returns an exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="these parts only")
+    parser.add_argument("--traces", type=Path, help=f"folder of traces; default ${TRACES_VARIABLE}")
+    parser.add_argument("--prototypes", type=Path, help="folder with the Triton prototypes, to be timed beside")
+    parser.add_argument(
+        "--service-rounds", type=int, default=1, help="measurements of each prompt of the 8B-shaped model"
+    )
+    parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="write the rows there")
+    arguments = parser.parse_args()
+    traces = locate_traces(arguments.traces)
+    layer13 = next((file for file in traces if "layer13" in file.stem), None)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "build": build_rows,
+        "selection": gpu_kernels.selection_rows,
+        "execution": gpu_kernels.execution_rows,
+        "traces": lambda: gpu_kernels.trace_rows(traces),
+        "long": gpu_kernels.long_rows,
+        "short": lambda: gpu_kernels.short_rows(layer13),
+        "decode": decode_rows,
+        "errors": lambda: gpu_kernels.error_rows(traces),
+        "service": lambda: gpu_service.measure_large_model(
+            gpu_service.LENGTHS, rounds=arguments.service_rounds, traces=arguments.traces
+        ),
+        "answers": gpu_service.measure_default_model,
+        "correctness": correctness_rows,
+    }
+    if arguments.prototypes:
+        parts["prototypes"] = lambda: gpu_kernels.prototype_rows(arguments.prototypes)
+    rows: list[Row] = []
+    for name in arguments.only or parts:
+        started = time.perf_counter()
+        try:
+            rows += parts[name]()
+        except (Exception, SystemExit):  # the other lines are worth having
+            traceback.print_exc()
+            rows.append(Row(name, "runs", "", "failed: see the traceback", False))
+        torch.cuda.empty_cache()
+        print(f"     {name} took {time.perf_counter() - started:.0f} s", flush=True)
+        write_rows(arguments.json, rows, "make check-gpu", arguments.commit)  # a run cut short leaves what it has
+    print_rows(rows)
+    required = [row for row in rows if row.required]
+    print(f"\n{sum(row.passed for row in required)} of {len(required)} lines hold; written to {arguments.json}")
+    return 0 if all(row.passed for row in required) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
