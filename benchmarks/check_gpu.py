@@ -39,6 +39,15 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def found_traces(folder: Path | None) -> list[Path]:
+    """The traces, or none with a word about it: lines that need them then fail."""
+    try:
+        return locate_traces(folder)
+    except (SystemExit, OSError, ValueError) as error:
+        print(f"     no traces: {error}", flush=True)
+        return []
+
+
 def kit_rows(architecture: str | None) -> list[Row]:
     """The conformance kit on the GPU, natively or through another target's kernels."""
     changes = {} if architecture is None else {"SALE_PREFILL_CUDA_ARCH": architecture}
@@ -124,7 +133,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the rows there")
     arguments = parser.parse_args()
-    traces = locate_traces(arguments.traces)
+    traces = found_traces(arguments.traces)
     layer13 = next((file for file in traces if "layer13" in file.stem), None)
     parts: dict[str, Callable[[], list[Row]]] = {
         "build": build_rows,
