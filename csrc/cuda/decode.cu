@@ -354,7 +354,7 @@ template <class T, int kDim, bool kWide>
 int run(const SaleCudaDecode& call, cudaStream_t stream) {
   constexpr int kBytes = kWarps * kStages * kStageBytes;
   const auto kernel = decode_chunks<T, kDim, kWide>;
-  static const cudaError_t raised = [kernel] {  // without the carve-out, fewer CTAs than fit would be resident
+  const cudaError_t raised = [kernel] {  // without the carve-out, fewer CTAs than fit would be resident
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     return error != cudaSuccess
                ? error

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_4bit(const __grid_constant
 template <class Element, int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<Element, kDim>);
-  static const cudaError_t raised =
+  const cudaError_t raised =
       cudaFuncSetAttribute(select_4bit<Element, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (raised != cudaSuccess) return raised;
   Launch split = launch;
@@ -264,7 +264,7 @@ template <class Element>
 int run(const SaleCudaSelect4& call, cudaStream_t stream) {
   Launch launch{};
   launch.call = call;
-  return run_select(launch, [&](const Launch& part, int most_members) {
+  return run_select(launch, stream, [&](const Launch& part, int most_members) {
     return call.grid.head_dim == 128 ? run<Element, 128>(part, most_members, stream)
                                      : run<Element, 64>(part, most_members, stream);
   });

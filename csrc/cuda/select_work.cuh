@@ -124,13 +124,17 @@ inline bool has_voter(const Blocks& blocks, int index, int stride) {
 }
 
 // Calls run(launch, most heads of a KV head) for every stride that heads have, and for each run of query blocks with
-// the same effective stride: an odd first or last one, the middle, the prompt's tail. `launch.call` is set before.
+// the same effective stride: an odd first or last one, the middle, the prompt's tail. Clears the words first. `launch.call`
+// is set before.
 template <class Launch, class Run>
-int run_select(Launch& launch, Run run) {
+int run_select(Launch& launch, cudaStream_t stream, Run run) {
   const auto& call = launch.call;
   const SaleCudaGrid& grid = call.grid;
   const Blocks blocks(grid);
   const int count = blocks.query_blocks();
+  const size_t words = static_cast<size_t>(grid.batch) * grid.heads * count * call.mask_words;
+  if (const cudaError_t cleared = cudaMemsetAsync(call.words, 0, words * sizeof(uint32_t), stream); cleared != cudaSuccess)
+    return cleared;
   for (int head = 0; head < grid.heads; ++head) launch.strides[head] = static_cast<uint8_t>(call.strides[head]);
   const int group = grid.heads / grid.kv_heads;
   const int64_t tail_start = call.unstrided_from / grid.query_block - blocks.first_query_block;

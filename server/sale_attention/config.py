@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -114,6 +115,17 @@ class LayerPolicy:
         """Query heads the policy speaks of."""
         return self.tau.shape[0]
 
+    @cached_property
+    def estimated_strides(self) -> tuple[int, ...]:
+        """One a query head: its stride, 0 for a head that estimates nothing (dense or streaming)."""
+        taus, strides = self.tau.tolist(), self.query_stride.tolist()
+        return tuple(stride if 0 < tau < math.inf else 0 for tau, stride in zip(taus, strides, strict=True))
+
+    @cached_property
+    def dense_heads(self) -> tuple[bool, ...]:
+        """One a query head: whether its tau is 0."""
+        return tuple(tau == 0 for tau in self.tau.tolist())
+
     def log_tau(self, device: torch.device | str = "cpu") -> Tensor:
         """ln(tau) as float32 `[H]`, computed in float64 and rounded once: part of the pinned threshold arithmetic.
 
@@ -142,12 +154,10 @@ class HeadPlan:
     @classmethod
     def resolve(cls, policy: LayerPolicy, config: SaleConfig, prompt_end: int) -> HeadPlan:
         """The plan of `policy` for a prompt that ends (exclusively) at absolute position `prompt_end`."""
-        taus = policy.tau.tolist()
-        strides = policy.query_stride.tolist()
         tail_start = max(0, prompt_end - config.unstrided_tail_tokens)
         return cls(
-            strides=tuple(stride if 0 < tau < math.inf else 0 for tau, stride in zip(taus, strides, strict=True)),
-            dense=tuple(tau == 0 for tau in taus),
+            strides=policy.estimated_strides,
+            dense=policy.dense_heads,
             unstrided_from=tail_start // config.query_block * config.query_block,
         )
 

@@ -365,7 +365,7 @@ template <class Element, int kDim, int kParts, int kStages>
 int run(const SaleCudaAttend& call, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<Element, kDim, 16 * kParts * kWarps, kStages>);
   static_assert(kBytes <= 99 * 1024, "a CTA of sm_86 and sm_89 has no more");
-  static const cudaError_t raised = cudaFuncSetAttribute(attend<Element, kDim, kParts, kStages>,
+  const cudaError_t raised = cudaFuncSetAttribute(attend<Element, kDim, kParts, kStages>,
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (raised != cudaSuccess) return raised;
   const int items = Blocks(call.grid).query_blocks() * call.grid.batch * call.grid.heads;

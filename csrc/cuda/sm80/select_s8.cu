@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_s8(const __grid_constant__
 template <int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kDim>);
-  static const cudaError_t raised =
+  const cudaError_t raised =
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (raised != cudaSuccess) return raised;
   Launch split = launch;
@@ -158,7 +158,7 @@ extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
   Launch launch{};
   launch.call = *call;
   const auto at = static_cast<cudaStream_t>(stream);
-  return run_select(launch, [&](const Launch& part, int most_members) {
+  return run_select(launch, at, [&](const Launch& part, int most_members) {
     return call->grid.head_dim == 128 ? run<128>(part, most_members, at) : run<64>(part, most_members, at);
   });
 }

@@ -521,7 +521,7 @@ int run(Launch& launch, cudaStream_t stream) {
   const SaleCudaGrid& grid = launch.call.grid;
   using SharedMemory = Shared<T, kDim, kWarpgroups>;
   const size_t bytes = sizeof(SharedMemory) + 1024;
-  static const cudaError_t raised = cudaFuncSetAttribute(
+  const cudaError_t raised = cudaFuncSetAttribute(
       attend_kernel<T, kDim, kWarpgroups>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   const SaleCudaRows& query = launch.call.query;
@@ -554,6 +554,8 @@ extern "C" int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream) {
   launch.call = *call;
   launch.items = Blocks(call->grid).query_blocks() * call->grid.batch * call->grid.heads;
   const auto at = static_cast<cudaStream_t>(stream);
+  if (const cudaError_t cleared = cudaMemsetAsync(call->next_work, 0, sizeof(int32_t), at); cleared != cudaSuccess)
+    return cleared;
   if (call->grid.dtype == SALE_CUDA_F16) return run_size<__half>(launch, at);
   return run_size<__nv_bfloat16>(launch, at);
 }

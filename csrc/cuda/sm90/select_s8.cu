@@ -18,9 +18,6 @@
 namespace sale::cuda {
 namespace {
 
-#ifndef SELECT_HALVES
-#define SELECT_HALVES 0
-#endif
 constexpr int kWarpgroups = kUnits;
 constexpr int kStages = 4;
 constexpr int kCluster = 2;  // CTAs that share tiles of keys, each fetching its part for all
@@ -34,49 +31,35 @@ struct Launch : SelectLaunch<SaleCudaSelect> {
 template <int kDim>
 struct Shared {
   alignas(1024) int8_t keys[kStages][kTileKeys * kDim];
-  alignas(16) float scales[kStages][kTileBlocks];
   uint64_t full[kStages];
   uint64_t empty[kStages];
   int first_tile, end_tile;  // of keys; here rather than in registers, which the setting-up of a role needs
 };
 
-// One warp: lane 0 moves keys, the first four lanes the blocks' scales.
+// One warp, of which a lane moves keys.
 template <int kDim>
 __device__ __forceinline__ void produce(const Launch& launch, const Work& work, Shared<kDim>& shared) {
+  if (threadIdx.x % 32 != 0) return;
   const SaleCudaTokens& codes = launch.call.key_codes;
-  const int lane = threadIdx.x % 32, first_tile = shared.first_tile, end_tile = shared.end_tile;
+  const int first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
-  // Scales of a mask word's blocks, a lane each, a word ahead: a load a tile would be the slowest thing in the loop.
-  const auto scale_of = [&](int word) {
-    // Blocks past the last one: nobody looks at them; their page exists.
-    return *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, min(word * 32 + lane, last));
-  };
-  float scale = 0.0f, next_scale = scale_of(first_tile / kWordTiles);
+  constexpr int kShare = kTileKeys / kCluster;
+  const int first_key = static_cast<int>(blockIdx.x) % kCluster * kShare;
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
-    if (tile % kWordTiles == 0) {
-      scale = next_scale;
-      next_scale = scale_of(tile / kWordTiles + 1);
-    }
-    const float mine = __shfl_sync(0xffffffffu, scale, tile % kWordTiles * kTileBlocks + lane % kTileBlocks);
     barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
-    if (lane < kTileBlocks) shared.scales[stage][lane] = mine;
-    __syncwarp();
-    if (lane == 0) {
-      barrier_expect(&shared.full[stage], kTileKeys * kDim);
-      constexpr int kShare = kTileKeys / kCluster;
-      const int first_key = static_cast<int>(blockIdx.x) % kCluster * kShare;
+    barrier_expect(&shared.full[stage], kTileKeys * kDim);
 #pragma unroll 1
-      for (int key = first_key; key < first_key + kShare; key += launch.box_tokens) {
-        int unit = work.batch, token = tile * kTileKeys + key;
-        if (codes.page_table != nullptr) {
-          const Place place = place_of(codes, work.batch, min(token, last * kKeyBlock));
-          unit = static_cast<int>(place.unit);
-          token = static_cast<int>(place.token);
-        }
-        tensor_load_multicast(shared.keys[stage] + key * kDim, &launch.codes, &shared.full[stage], 0, token, work.kv_head,
-                              unit, (1 << kCluster) - 1);
+    for (int key = first_key; key < first_key + kShare; key += launch.box_tokens) {
+      int unit = work.batch, token = tile * kTileKeys + key;
+      if (codes.page_table != nullptr) {
+        // Blocks past the last one: nobody looks at them; their page exists.
+        const Place place = place_of(codes, work.batch, min(token, last * kKeyBlock));
+        unit = static_cast<int>(place.unit);
+        token = static_cast<int>(place.token);
       }
+      tensor_load_multicast(shared.keys[stage] + key * kDim, &launch.codes, &shared.full[stage], 0, token, work.kv_head,
+                            unit, (1 << kCluster) - 1);
     }
   }
 }
@@ -109,75 +92,102 @@ struct Voters {
   }
 };
 
-// Bits of the blocks in which any of the warp's scores passes; four numbers of `sums` belong to eight keys.
-template <int kBlocks, int kCount>
-__device__ __forceinline__ uint32_t passing(const int32_t (&sums)[kCount], const float (&thresholds)[2], const float* scales) {
-  uint32_t bits = 0;
+// Largest sums by (block, row) of a thread's share of a tile.
+struct Maxima {
+  int top[kTileBlocks][2];
+
+  __device__ __forceinline__ void take(const int32_t (&sums)[64]) {
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    bool passes = false;
+    for (int block = 0; block < kTileBlocks; ++block)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t* s = sums + block * 16 + half * 2;
-      const int top = max(__vimax3_s32(__vimax3_s32(__vimax3_s32(s[0], s[1], s[4]), s[5], s[8]), s[9], s[12]), s[13]);
-      passes |= !(__fmul_rn(static_cast<float>(top), scales[block]) <= thresholds[half]);
-    }
-    if (__any_sync(0xffffffffu, passes)) bits |= 1u << block;
+      for (int half = 0; half < 2; ++half) {
+        const int32_t* s = sums + block * 16 + half * 2;
+        top[block][half] =
+            max(__vimax3_s32(__vimax3_s32(__vimax3_s32(s[0], s[1], s[4]), s[5], s[8]), s[9], s[12]), s[13]);
+      }
   }
-  return bits;
-}
+  // Keeps what follows from the maxima behind this place in the program.
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int block = 0; block < kTileBlocks; ++block)
+      asm volatile("" : "+r"(top[block][0]), "+r"(top[block][1])::"memory");
+  }
+};
+
+// Decisions of a warp's rows, a mask word at a time; lanes keep their own bits until a word is whole.
+template <int kDim>
+struct Decisions {
+  const Launch& launch;
+  const Work& work;
+  const Voters<kDim>& voters;
+  const int end_tile;
+  const int lane = threadIdx.x % 32;
+  uint32_t word = 0;
+  float scale, next_scale;  // of block `lane` of this mask word, and of the next
+
+  __device__ __forceinline__ Decisions(const Launch& l, const Work& w, const Voters<kDim>& v, int first_tile, int end)
+      : launch(l), work(w), voters(v), end_tile(end) {
+    scale = load(first_tile / kWordTiles);
+    next_scale = load(first_tile / kWordTiles + 1);
+  }
+  __device__ __forceinline__ float load(int index) const {
+    const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
+    return *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, min(index * 32 + lane, last));
+  }
+  __device__ __forceinline__ void take(const Maxima& maxima, int tile) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int block = 0; block < kTileBlocks; ++block) {
+      const float c = __shfl_sync(0xffffffffu, scale, tile % kWordTiles * kTileBlocks + block);
+      bool passes = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        passes |= !(__fmul_rn(static_cast<float>(maxima.top[block][half]), c) <= voters.thresholds[half]);
+      bits |= passes ? 1u << block : 0u;
+    }
+    word |= bits << (tile % kWordTiles * kTileBlocks);
+    if (tile % kWordTiles == kWordTiles - 1 || tile == end_tile - 1) write(tile / kWordTiles);
+  }
+  __device__ __forceinline__ void write(int index) {
+    const int first = index * 32;
+    word = __reduce_or_sync(0xffffffffu, word);
+    word &= bits_below(voters.selectable_end - first) & ~bits_below(launch.call.grid.sink_blocks - first);
+    if (lane == 0 && word != 0 && voters.words != nullptr) atomicOr(voters.words + index, word);
+    word = 0;
+    scale = next_scale;
+    next_scale = load(index + 2);
+  }
+};
 
 template <int kDim>
 __device__ __forceinline__ void consume(const Launch& launch, const Work& work, Shared<kDim>& shared, int warpgroup) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int first_tile = shared.first_tile, end_tile = shared.end_tile;
   const Voters<kDim> voters(launch, work, work.first_unit + warpgroup, warp, lane);
-  const int first_tile = shared.first_tile, end_tile = shared.end_tile, sink = launch.call.grid.sink_blocks;
+  Decisions<kDim> decisions(launch, work, voters, first_tile, end_tile);
   constexpr int kSwizzle = kDim == 128 ? 1 : 2;
   const uint64_t first_keys = matrix_descriptor(shared.keys[0], 16, 8 * kDim, kSwizzle);
-  uint32_t word = 0;
+  Maxima maxima;
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
+    int32_t sums[64];
     barrier_wait(&shared.full[stage], turn / kStages & 1);
     const uint64_t keys = moved(first_keys, uniform(stage) * (kTileKeys * kDim));
     wgmma_fence();
-#if SELECT_HALVES
-    int32_t sums[2][32];
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int step = 0; step < kDim / 32; ++step)
-        wgmma_s8_n64(sums[part], voters.codes[step], moved(keys, part * (kTileKeys / 2 * kDim) + step * 32), step > 0);
-      wgmma_commit();
-    }
-    const float4 raw = *reinterpret_cast<const float4*>(shared.scales[stage]);
-    const float scales[kTileBlocks] = {raw.x, raw.y, raw.z, raw.w};
-    wgmma_wait<1>();
-    uint32_t bits = passing<2>(sums[0], voters.thresholds, scales);
-    wgmma_wait<0>();
-    __syncwarp();  // every lane has read the scales
-    if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
-    bits |= passing<2>(sums[1], voters.thresholds, scales + 2) << 2;
-#else
-    int32_t sums[64];
 #pragma unroll
     for (int step = 0; step < kDim / 32; ++step)
       wgmma_s8_n128(sums, voters.codes[step], moved(keys, step * 32), step > 0);
     wgmma_commit();
-    const float4 raw = *reinterpret_cast<const float4*>(shared.scales[stage]);
-    const float scales[kTileBlocks] = {raw.x, raw.y, raw.z, raw.w};
-    wgmma_wait<0>();
-    __syncwarp();  // every lane has read the scales
-    if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
-    const uint32_t bits = passing<4>(sums, voters.thresholds, scales);
-#endif
-    word |= bits << (tile % kWordTiles * kTileBlocks);
-    if (tile % kWordTiles == kWordTiles - 1 || tile == end_tile - 1) {
-      const int first = tile / kWordTiles * 32;
-      word &= bits_below(voters.selectable_end - first) & ~bits_below(sink - first);
-      if (lane == 0 && word != 0 && voters.words != nullptr) atomicOr(voters.words + tile / kWordTiles, word);
-      word = 0;
+    // The last tile's decisions, while the tensor cores are at this one.
+    if (tile > first_tile) {
+      maxima.pin();
+      decisions.take(maxima, tile - 1);
     }
+    wgmma_wait<0>();
+    if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
+    maxima.take(sums);
   }
+  decisions.take(maxima, end_tile - 1);
 }
 
 template <int kDim>
@@ -213,7 +223,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
 template <int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
   const size_t bytes = sizeof(Shared<kDim>) + 1024;
-  static const cudaError_t raised =
+  const cudaError_t raised =
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   Launch split = launch;
@@ -238,7 +248,7 @@ extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
                                    grid.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (made != 0) return made;
   const auto at = static_cast<cudaStream_t>(stream);
-  return run_select(launch, [&](const Launch& part, int most_members) {
+  return run_select(launch, at, [&](const Launch& part, int most_members) {
     return grid.head_dim == 128 ? run<128>(part, most_members, at) : run<64>(part, most_members, at);
   });
 }

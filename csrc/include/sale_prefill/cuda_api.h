@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define SALE_CUDA_ABI 2
+#define SALE_CUDA_ABI 3
 
 extern "C" {
 
@@ -85,7 +85,7 @@ struct SaleCudaSelect {
   const float* thresholds;
   const int32_t* strides;  // host, [heads]; 0: this head selects nothing
   int64_t unstrided_from;
-  uint32_t* words;  // [batch, heads, query blocks, mask_words], zero on entry
+  uint32_t* words;  // [batch, heads, query blocks, mask_words]
   int64_t mask_words;
 };
 
@@ -102,7 +102,7 @@ struct SaleCudaAttend {
   int64_t lse_batch_stride;
   int64_t lse_head_stride;
   float scale;
-  int32_t* next_work;  // device, zero on entry
+  int32_t* next_work;  // device, scratch
 };
 
 // 4-bit codes, which lie one a byte.

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 
 
 #: SaleCudaDtype.

@@ -137,7 +137,7 @@ class CudaBackend(ReferenceBackend):
         if native is None:
             return super().select(query_codes, key_codes, thresholds, plan, grid, kv)
         thresholds = thresholds.contiguous()
-        words = torch.zeros(batch, heads, grid.query_blocks, grid.mask_words, dtype=torch.int32, device=codes.device)
+        words = torch.empty(batch, heads, grid.query_blocks, grid.mask_words, dtype=torch.int32, device=codes.device)
         shape, key_tokens = _grid(codes, grid, kv), _code_tokens(key_codes, kv.tokens)
         rest = (
             thresholds.data_ptr(),
@@ -261,7 +261,7 @@ def _attend(
     skip_heads: Tensor | None,
 ) -> None:
     query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
-    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    counter = torch.empty(1, dtype=torch.int32, device=query.device)
     call = abi.Attend(
         _grid(query, grid, kv),
         abi.Rows.of(query),

@@ -73,9 +73,13 @@ def call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: t
     Raises:
         RuntimeError: the launch failed; names the CUDA error.
     """
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        status = getattr(library, f"sale_cuda_{name}")(ctypes.byref(arguments), stream)
+    function = getattr(library, f"sale_cuda_{name}")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if torch.cuda.current_device() == device.index:  # entering and leaving a device costs as much as a launch
+        status = function(ctypes.byref(arguments), stream)
+    else:
+        with torch.cuda.device(device):
+            status = function(ctypes.byref(arguments), stream)
     if status > 0:
         raise RuntimeError(f"CUDA kernel {name}: cudaError {status} at launch")
     if status < 0:
