@@ -27,7 +27,7 @@ from benchmarks import gpu_decode, gpu_kernels, gpu_service
 from benchmarks.attention_traces import TRACES_VARIABLE, locate_traces
 from benchmarks.gpu_rows import Row, at_least, at_most, information, print_rows, write_rows
 from benchmarks.report import ROOT
-from sale_attention.jit import CACHE_VARIABLE
+from sale_attention.jit import CACHE_VARIABLE, kernel_cache_dir
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-h100.json"
 KIT = "tests/conformance/test_conformance.py"
@@ -78,9 +78,13 @@ def sanitizer_rows(tool: str) -> list[Row]:
 
 
 def correctness_rows() -> list[Row]:
-    """Whatever is not timed, side by side."""
+    """Whatever is not timed, side by side: the kit, the default model's answers, the sanitizers."""
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(kit_rows, None), pool.submit(kit_rows, "80")]
+        jobs = [
+            pool.submit(kit_rows, None),
+            pool.submit(kit_rows, "80"),
+            pool.submit(gpu_service.measure_default_model),
+        ]
         jobs += [pool.submit(sanitizer_rows, tool) for tool in ("memcheck", "racecheck")]
         return [row for job in jobs for row in job.result()]
 
@@ -99,6 +103,8 @@ def build_rows() -> list[Row]:
         seconds = time.perf_counter() - started
         built = next(Path(cache).rglob("built-in-seconds"), None)
         alone = built.read_text().strip() if built else "?"
+        if built:  # the other parts need it, too
+            shutil.copytree(built.parent, kernel_cache_dir() / built.parent.name, dirs_exist_ok=True)
     row = at_most("first JIT build, 8 compilers, imports included", 120, 60, seconds, " s", build_seconds=alone)
     return [row if done.stdout.startswith("cuda-") else Row(row.line, row.required, row.aim, done.stderr[-300:], False)]
 
@@ -130,6 +136,7 @@ def main() -> int:
     parser.add_argument(
         "--service-rounds", type=int, default=1, help="measurements of each prompt of the 8B-shaped model"
     )
+    parser.add_argument("--service-strides", nargs="+", type=int, default=[2], help="query strides of it")
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the rows there")
     arguments = parser.parse_args()
@@ -144,11 +151,13 @@ def main() -> int:
         "short": lambda: gpu_kernels.short_rows(layer13),
         "decode": decode_rows,
         "errors": lambda: gpu_kernels.error_rows(traces),
-        "service": lambda: gpu_service.measure_large_model(
-            gpu_service.LENGTHS, rounds=arguments.service_rounds, traces=arguments.traces
-        ),
-        "answers": gpu_service.measure_default_model,
         "correctness": correctness_rows,
+        "service": lambda: gpu_service.measure_large_model(
+            gpu_service.LENGTHS,
+            strides=arguments.service_strides,
+            rounds=arguments.service_rounds,
+            traces=arguments.traces,
+        ),
     }
     if arguments.prototypes:
         parts["prototypes"] = lambda: gpu_kernels.prototype_rows(arguments.prototypes)

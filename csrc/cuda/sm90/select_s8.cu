@@ -36,10 +36,9 @@ struct Shared {
   int first_tile, end_tile;  // of keys; here rather than in registers, which the setting-up of a role needs
 };
 
-// One warp, of which a lane moves keys.
+// One warp, of which a lane moves keys; the others stay with it, for a warp in two places runs slowly in both.
 template <int kDim>
 __device__ __forceinline__ void produce(const Launch& launch, const Work& work, Shared<kDim>& shared) {
-  if (threadIdx.x % 32 != 0) return;
   const SaleCudaTokens& codes = launch.call.key_codes;
   const int first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
@@ -48,6 +47,7 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
     barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
+    if (threadIdx.x % 32 != 0) continue;
     barrier_expect(&shared.full[stage], kTileKeys * kDim);
 #pragma unroll 1
     for (int key = first_key; key < first_key + kShare; key += launch.box_tokens) {
@@ -62,6 +62,7 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
                             unit, (1 << kCluster) - 1);
     }
   }
+  __syncwarp();
 }
 
 // One warp's voting rows: which query block they decide for, and this thread's two rows (g and g + 8 of wgmma's layout).
