@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument(
         "--service-rounds", type=int, default=1, help="measurements of each prompt of the 8B-shaped model"
     )
-    parser.add_argument("--service-strides", nargs="+", type=int, default=[2], help="query strides of it")
+    parser.add_argument("--service-strides", nargs="+", type=int, default=[4, 2], help="query strides of it")
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the rows there")
     arguments = parser.parse_args()

@@ -2,12 +2,14 @@
 
 32 query and 8 KV heads, head_dim 128, bfloat16, causal.
 
-Baselines and candidates take turns; figures are medians. Calls are queued without waiting in between, as the layers of
-a model are, so that the host's part shows only where it is the slower one.
+Baselines and candidates take turns, each for a time long enough to reach its own clock: the card is limited by power, and
+runs the first milliseconds of anything at the clock that the work before it left. Figures are medians. Calls are queued
+without waiting in between, as the layers of a model are, so that the host's part shows only where it is the slower one.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,30 +43,42 @@ WHOLE = {2: ((3.4, 4.2), (3.0, 3.7)), 4: ((4.6, 5.6), (3.9, 4.8))}
 Call = Callable[[], object]
 
 
-def milliseconds(calls: dict[str, Call], rounds: int, each: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Times of every call, which take turns in rounds of `each` queued calls."""
-    for call in calls.values():
-        for _ in range(warm_up):
-            call()
-    torch.cuda.synchronize()
+def milliseconds(
+    calls: dict[str, Call], rounds: int = 3, seconds: float = 0.15, settle_seconds: float = 0.1
+) -> dict[str, list[float]]:
+    """Times of every call, which take turns: each settles, then is timed, in every round.
+
+    With `seconds` 0 a turn is one call, and nothing settles: calls too short to heat anything, in pairs.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    expected = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        expected[name] = max(1e-5, statistics.median(_queued(call, 3)) / 1e3)
     for _ in range(rounds):
         for name, call in calls.items():
-            events = []
-            for _ in range(each):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                end.record()
-                events.append((start, end))
-            torch.cuda.synchronize()
-            times[name] += [start.elapsed_time(end) for start, end in events]
+            if seconds:
+                _queued(call, math.ceil(settle_seconds / expected[name]))
+            times[name] += _queued(call, max(1, min(200, math.ceil(seconds / expected[name]))))
     return times
 
 
-def medians(calls: dict[str, Call], rounds: int = 3, each: int = 4, warm_up: int = 2) -> dict[str, float]:
+def _queued(call: Call, count: int) -> list[float]:
+    events = []
+    for _ in range(count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def medians(calls: dict[str, Call], rounds: int = 3) -> dict[str, float]:
     """As `milliseconds`, one figure a call."""
-    return {name: statistics.median(taken) for name, taken in milliseconds(calls, rounds, each, warm_up).items()}
+    return {name: statistics.median(taken) for name, taken in milliseconds(calls, rounds).items()}
 
 
 def random_layer(tokens: int, shifted: bool = False) -> tuple[Tensor, KvView]:
@@ -148,7 +162,7 @@ def selection_rows(tokens: int = 65_536) -> list[Row]:
     query, kv = random_layer(tokens, shifted=True)
     phases = {stride: Phases(query, kv, LayerPolicy.uniform(HEADS, TAU, stride)) for stride in SELECTION}
     calls: dict[str, Call] = {f"stride {stride}": phase.selection for stride, phase in phases.items()}
-    times = medians({**dense_calls(query, kv, ("fa3",)), **calls}, rounds=4)
+    times = medians({**dense_calls(query, kv, ("fa3",)), **calls})
     fa3 = times.get("fa3", float("nan"))
     pairs = HEADS * tokens * tokens / 2
     rows = []
@@ -279,7 +293,7 @@ def long_rows(tokens: int = 131_072) -> list[Row]:
     def whole() -> Tensor:
         return attend(query, kv, policy=policy, config=CONFIG, backend="cuda", return_lse=False, scale=SCALE).output
 
-    times = medians({**dense_calls(query, kv, ("cudnn", "fa3")), "sale": whole}, rounds=3, each=3, warm_up=1)
+    times = medians({**dense_calls(query, kv, ("cudnn", "fa3")), "sale": whole})
     line = f"{tokens // 1024}K, random Q/K, a tenth kept, all passes, stride 4, against cuDNN"
     return [at_least(line, 5.0, 7.0, times["cudnn"] / times["sale"], milliseconds=times, density=density)]
 
@@ -292,15 +306,15 @@ def short_rows(file: Path | None, pairs: int = 30) -> list[Row]:
     config = replace(CONFIG, dense_rows=crossover)
     policy = LayerPolicy.uniform(HEADS, TAU, 2)
     layer = random_layer(8192) if file is None else trace_layer(file)
-    for tokens in (1024, 2048, 3072, 4096, 6144, 8192):
+    for tokens in (1024, 2048, 3072, 4096, 5120, 6144, 8192):
         query, kv = _prefix(layer, tokens)
 
         def sale(query: Tensor = query, kv: KvView = kv) -> Tensor:
             return attend(query, kv, policy=policy, config=config, backend="cuda", return_lse=False, scale=SCALE).output
 
         dense = dense_calls(query, kv, ("cudnn", "fa2"))
-        taken = milliseconds({**dense, "sale": sale}, rounds=pairs, each=1, warm_up=5)
-        graphs = milliseconds({name: _graph(call) for name, call in {**dense, "sale": sale}.items()}, pairs, 1)
+        taken = milliseconds({**dense, "sale": sale}, pairs, seconds=0)
+        graphs = milliseconds({name: _graph(call) for name, call in {**dense, "sale": sale}.items()}, pairs, seconds=0)
         calls, captured = ({n: statistics.median(t) for n, t in times.items()} for times in (taken, graphs))
         best = min(captured["cudnn"], captured["fa2"])
         over = captured["sale"] - best - max(0.05 * best, 0.020)

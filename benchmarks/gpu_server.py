@@ -4,11 +4,10 @@ Besides models of the usual kinds it serves a Llama with random weights, made on
 exist. Attention of random weights is not sparse, so such a model may take its queries and keys, after rotary embedding,
 from attention traces (`benchmarks.attention_traces`): selection then does what it does on real text.
 
-A prompt longer than a trace meets the trace again from its start. Rows of the second round see every key of the first
-round at the score that its copy in their own round has, and besides keys that stood behind them in the text. What is
-compared with stays the same (the sink and the local keys), so all copies of a strong key are kept, and density stays
-about what it was at the end of the trace, where that of real text goes on falling: tiling makes SALE look slower than
-it would be, not faster.
+A prompt longer than a trace meets the trace again from its start, each time turned on to the positions where it then
+stands, as rotary embedding would have turned it: so distances are what they are on real text. Copies left as they were
+would look at each other as if they were neighbours: at 128K, stride 2, that keeps 0.27 of the blocks of layer 13, where
+turned copies keep 0.06 and the trace's own 32K 0.13 (`turn_tiles=False` measures it).
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.model import LoadedModel, choose_device, wrap_module
 from sale_prefill_server.observability.logging import set_up_logging
 
+#: Rotary base of the model whose traces these usually are (Qwen2.5-Coder), where a file's metadata does not say.
+TRACE_ROPE_THETA = 1e6
 _START_SECONDS = 600
 _STOP_SECONDS = 30
 
@@ -58,6 +59,7 @@ class RandomLlama:
     vocabulary: int
     context: int
     traces: tuple[Path, ...] = ()
+    turn_tiles: bool = True
 
     def build(self, device: torch.device) -> LoadedModel:
         """The model on `device`."""
@@ -80,6 +82,46 @@ class RandomLlama:
         return wrap_module(module, Path("random-llama"), "random-llama")
 
 
+class TiledTrace:
+    """One tensor of a trace, `[1, heads, tokens, head_dim]` after rotary embedding, repeated along a longer sequence.
+
+    Args:
+        source: the tensor; `heads` of it are written, in this order.
+        heads: one a head of the target.
+        rope_theta: base of the model that the trace is from, whose halves of a head turn together; None repeats the
+            trace as it is.
+    """
+
+    def __init__(self, source: Tensor, heads: list[int], rope_theta: float | None) -> None:
+        self._heads = torch.tensor(heads, device=source.device)
+        self._rope_theta = rope_theta
+        self._rounds = [source]
+
+    def write(self, target: Tensor, start: int) -> None:
+        """Fills `target` `[1, len(heads), rows, head_dim]`, whose first row stands at position `start`."""
+        done, rows, tokens = 0, target.shape[2], self._rounds[0].shape[2]
+        while done < rows:
+            round_, at = divmod(start + done, tokens)
+            count = min(rows - done, tokens - at)
+            source = self._turned(round_)[:, :, at : at + count]
+            target[:, :, done : done + count] = source.index_select(1, self._heads)
+            done += count
+
+    def _turned(self, round_: int) -> Tensor:
+        if self._rope_theta is None:
+            return self._rounds[0]
+        while len(self._rounds) <= round_:
+            source = self._rounds[0]
+            half, moved = source.shape[3] // 2, len(self._rounds) * source.shape[2]
+            frequencies = self._rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+            angles = (moved * frequencies).to(source.device)
+            first, second = source.float().split(half, dim=3)
+            cosine, sine = angles.cos().float(), angles.sin().float()
+            turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=3)
+            self._rounds.append(turned.to(source.dtype))
+        return self._rounds[round_]
+
+
 class TraceInjection:
     """Writes a trace's queries and keys over what rotary embedding gives, in prefill.
 
@@ -89,18 +131,20 @@ class TraceInjection:
     """
 
     def __init__(self, model: RandomLlama, device: torch.device) -> None:
-        self._queries: list[Tensor] = []
-        self._keys: list[Tensor] = []
+        self._queries: list[TiledTrace] = []
+        self._keys: list[TiledTrace] = []
         self._layer = self._start = 0
         self._original = modeling_llama.apply_rotary_pos_emb
         for path in model.traces:
             with safe_open(path, "pt") as file:
-                queries, keys = file.get_tensor("q"), file.get_tensor("k")
-            if queries.shape[2] != model.head_dim:
-                raise SystemExit(f"{path}: head_dim {queries.shape[2]}, the model has {model.head_dim}")
-            heads = [head % queries.shape[0] for head in range(model.heads)]
-            self._queries.append(queries[heads].to(device, torch.bfloat16)[None])
-            self._keys.append(keys.to(device, torch.bfloat16)[None])
+                queries, keys = (file.get_tensor(name).to(device, torch.bfloat16)[None] for name in "qk")
+                theta = float((file.metadata() or {}).get("rope_theta", TRACE_ROPE_THETA))
+            if queries.shape[3] != model.head_dim:
+                raise SystemExit(f"{path}: head_dim {queries.shape[3]}, the model has {model.head_dim}")
+            turns = theta if model.turn_tiles else None
+            heads = [head % queries.shape[1] for head in range(model.heads)]
+            self._queries.append(TiledTrace(queries, heads, turns))
+            self._keys.append(TiledTrace(keys, [0] * model.kv_heads, turns))
 
     def install(self, module: Any) -> None:
         """Hooks into the model; for the life of this process."""
@@ -117,19 +161,9 @@ class TraceInjection:
         query, keys = self._original(query, keys, *arguments, **options)
         if query.shape[2] > 1:  # a decoded token attends to everything whatever it is
             index = self._layer % len(self._keys)
-            _tile(query, self._queries[index], self._start)
-            _tile(keys, self._keys[index], self._start)
+            self._queries[index].write(query, self._start)
+            self._keys[index].write(keys, self._start)
         return query, keys
-
-
-def _tile(target: Tensor, source: Tensor, start: int) -> None:
-    """Writes positions `start` on of `source` [1, heads or 1, tokens, head_dim], repeated, over all of `target`."""
-    done, rows, tokens = 0, target.shape[2], source.shape[2]
-    while done < rows:
-        at = (start + done) % tokens
-        count = min(rows - done, tokens - at)
-        target[:, :, done : done + count] = source[:, :, at : at + count]
-        done += count
 
 
 @dataclass(frozen=True)

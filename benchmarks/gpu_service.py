@@ -141,6 +141,7 @@ def measure_large_model(
     model: RandomLlama = LLAMA_8B,
     traces: Path | None = None,
     torch_dense: bool = False,
+    turn_tiles: bool = True,
 ) -> list[Row]:
     """Time to the first token, dense against SALE, and decode speed.
 
@@ -154,9 +155,10 @@ def measure_large_model(
         model: shape of the model.
         traces: folder of traces; None looks where `locate_traces` does.
         torch_dense: dense attention is torch's SDPA, whatever the server would take.
+        turn_tiles: copies of a trace stand where rotary embedding would put them (`gpu_server`).
     """
     files = tuple(locate_traces(traces))
-    model = replace(model, traces=files)
+    model = replace(model, traces=files, turn_tiles=turn_tiles)
     ways = {"dense": Attention.dense(), **{f"SALE stride {n}": Attention.sale(THRESHOLD, n) for n in strides}}
     settings = {"device": device, "chunk_tokens": chunk_tokens, "model": "random-llama"}
     generator = torch.Generator().manual_seed(0)
@@ -468,6 +470,7 @@ def main() -> int:
     parser.add_argument("--decode-tokens", type=int, default=DECODE_TOKENS, help="0 leaves decode speed out")
     parser.add_argument("--traces", type=Path, help="folder of traces")
     parser.add_argument("--torch-dense", action="store_true", help="dense of `large` by torch's SDPA in any case")
+    parser.add_argument("--plain-tiles", action="store_true", help="repeat traces as they are, not turned on")
     parser.add_argument("--device", default="cuda", help="what is measured")
     parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help="most tokens of an answer")
     parser.add_argument("--questions", type=int, help="that many prompts of each kind of `default` only")
@@ -486,6 +489,7 @@ def main() -> int:
             model=TINY if arguments.tiny else LLAMA_8B,
             traces=arguments.traces,
             torch_dense=arguments.torch_dense,
+            turn_tiles=not arguments.plain_tiles,
         ),
         "default": lambda: measure_default_model(
             device=arguments.device, answer_tokens=arguments.answer_tokens, questions=arguments.questions

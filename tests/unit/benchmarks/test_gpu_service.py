@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.attention_traces import save_trace
 from benchmarks.gpu_rows import Row
-from benchmarks.gpu_server import RandomLlama, TraceInjection, _tile, child_server
+from benchmarks.gpu_server import RandomLlama, TiledTrace, TraceInjection, child_server
 from benchmarks.gpu_service import TINY, _comparison, measure_large_model
 from sale_prefill_client import DecodedToken
 from sale_prefill_client.results import TokenLogit
@@ -33,17 +33,30 @@ def traces(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("start", [0, 5, 10, 23])
 def test_a_trace_is_met_again_from_its_start(start: int) -> None:
-    source = torch.arange(10.0).view(1, 1, 10, 1)
-    target = torch.zeros(1, 3, 25, 1)
-    _tile(target, source, start)
+    source = torch.arange(10.0).view(1, 1, 10, 1).expand(1, 2, 10, 2)
+    target = torch.zeros(1, 3, 25, 2)
+    TiledTrace(source, [0, 1, 0], rope_theta=None).write(target, start)
     assert torch.equal(target[0, 2, :, 0], (torch.arange(25) + start).remainder(10).float())
+
+
+def test_a_trace_met_again_stands_where_rotary_embedding_would_have_put_it() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(1, 1, 40, 64, generator=generator)
+    angles = torch.outer(torch.arange(120.0), 1e4 ** -(torch.arange(0, 64, 2) / 64))
+    cosine, sine = (torch.cat((part, part), dim=1)[None] for part in (angles.cos(), angles.sin()))
+    repeated, _ = apply_rotary_pos_emb(plain.repeat(1, 1, 3, 1), plain.repeat(1, 1, 3, 1), cosine, sine)
+    target = torch.zeros(1, 2, 90, 64)
+    TiledTrace(repeated[:, :, :40], [0, 0], rope_theta=1e4).write(target, 20)
+    torch.testing.assert_close(target[:, 1:], repeated[:, :, 20:110], atol=1e-5, rtol=1e-5)
 
 
 def test_prefill_sees_the_traces_and_decode_the_models_own(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # undone after
-    model = replace(MODEL, traces=tuple(sorted(traces.glob("*.safetensors"))))
+    model = replace(MODEL, traces=tuple(sorted(traces.glob("*.safetensors"))), turn_tiles=False)
     loaded = model.build(torch.device("cpu"))
     with torch.inference_mode():
         cache = loaded.module(torch.arange(500)[None], use_cache=True).past_key_values
@@ -51,7 +64,7 @@ def test_prefill_sees_the_traces_and_decode_the_models_own(traces: Path, monkeyp
         cache = loaded.module(torch.tensor([[7]]), past_key_values=cache, use_cache=True).past_key_values
     injection = TraceInjection(model, torch.device("cpu"))
     for layer in range(2):
-        expected = injection._keys[layer][0, 0]
+        expected = injection._keys[layer]._rounds[0][0, 0]
         for head in range(MODEL.kv_heads):
             keys = cache.layers[layer].keys[0, head]
             assert torch.equal(keys[:1000], expected[torch.arange(1000) % TRACE_TOKENS])
