@@ -2,9 +2,9 @@
 
 32 query and 8 KV heads, head_dim 128, bfloat16, causal.
 
-Baselines and candidates take turns, each for a time long enough to reach its own clock: the card is limited by power, and
-runs the first milliseconds of anything at the clock that the work before it left. Figures are medians. Calls are queued
-without waiting in between, as the layers of a model are, so that the host's part shows only where it is the slower one.
+Baselines and candidates take turns, each for a time long enough to reach its own clock: the card is limited by power,
+and runs the first milliseconds of anything at the clock that the work before it left. Figures are medians. Calls are
+queued without waiting in between, as the layers of a model are, so that the host's part shows only where it is slower.
 """
 
 from __future__ import annotations

@@ -148,14 +148,21 @@ class _Call:
         # Laid out as models want it next, [B, Nq, H, d_v], so that joining the heads copies nothing.
         output = self.query.new_empty(batch, rows, heads, self.kv.value_dim).transpose(1, 2)
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=self.query.device)
-        if short_rows:
+        joined = 0 < short_rows < rows and self._joins_short_rows()
+        if joined:
+            self._count_dense(BlockGrid.of(short_rows, offset + short_rows, self.config), list(range(heads)), "short")
+        elif short_rows:
             kv = self.kv.prefix(offset + short_rows)
             self._attend_all(range(heads), slice(0, short_rows), kv, output, lse, "short")
         if short_rows < rows:
-            self._sparse(slice(short_rows, rows), output, lse)
+            self._sparse(slice(short_rows, rows), output, lse, joined)
         return AttentionResult(output, lse if self.return_lse else None)
 
-    def _sparse(self, rows: slice, all_output: Tensor, all_lse: Tensor) -> None:
+    def _joins_short_rows(self) -> bool:
+        whole_blocks = self.config.dense_rows % self.config.query_block == 0
+        return whole_blocks and not any(self.plan.dense) and self.backend.joins_short_rows(self.query, self.kv)
+
+    def _sparse(self, rows: slice, all_output: Tensor, all_lse: Tensor, joined: bool) -> None:
         query, output, lse = self.query[:, :, rows], all_output[:, :, rows], all_lse[:, :, rows]
         grid = BlockGrid.of(query.shape[2], self.kv.tokens, self.config)
         kv, plan, backend, scale = self.kv, self.plan, self.backend, self.scale
@@ -169,7 +176,12 @@ class _Call:
             with self._phase("select"):
                 selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
             with self._phase("compute"):
-                backend.compute(query, kv, selection, plan, grid, scale, output, lse)
+                if joined:
+                    whole = BlockGrid.of(self.query.shape[2], kv.tokens, self.config)
+                    start = self.config.dense_rows
+                    backend.compute_joined(self.query, kv, selection, plan, whole, scale, all_output, all_lse, start)
+                else:
+                    backend.compute(query, kv, selection, plan, grid, scale, output, lse)
             self._count_sparse(grid, selection)
         group = query.shape[1] // kv.kv_heads
         for kv_head in range(kv.kv_heads):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,44 @@ class AttentionBackend(ABC):
 
         Rows of heads that `plan` calls dense are left as they are. The last dimension of `output` is contiguous.
         """
+
+    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
+        """Whether `compute_joined` is one launch where `attend_all` and `compute` are two."""
+        return False
+
+    def compute_joined(
+        self,
+        query: Tensor,
+        kv: KvView,
+        selection: Selection,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        scale: float,
+        output: Tensor,
+        lse: Tensor,
+        dense_until: int,
+    ) -> None:
+        """`attend_all` for rows before absolute position `dense_until`, `compute` for the others.
+
+        Args:
+            query: `[B, H, Nq, d]`, all rows.
+            kv: keys and values.
+            selection: of the query blocks from `dense_until`, a multiple of the query block, on.
+            plan: no head is dense.
+            grid: the blocks of all rows.
+            scale: softmax scale.
+            output: `[B, H, Nq, d_v]`, written.
+            lse: float32 `[B, H, Nq]`, written.
+            dense_until: position of the first row that `selection` speaks of.
+        """
+        short = dense_until - grid.offset
+        first = replace(grid, query_tokens=short, key_tokens=dense_until)
+        rest = replace(grid, query_tokens=grid.query_tokens - short)
+        before, after = slice(0, short), slice(short, None)
+        self.attend_all(
+            query[:, :, before], kv.prefix(dense_until), first, scale, output[:, :, before], lse[:, :, before]
+        )
+        self.compute(query[:, :, after], kv, selection, plan, rest, scale, output[:, :, after], lse[:, :, after])
 
     @abstractmethod
     def attend_all(

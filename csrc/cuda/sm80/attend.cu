@@ -95,9 +95,9 @@ __device__ __forceinline__ uint32_t bits_below(int block, int first) {
 // Bits of the item's blocks [first, first + 32).
 __device__ __forceinline__ uint32_t list_word(const SaleCudaAttend& call, const Blocks& blocks, const Item& item, int first) {
   const uint32_t reachable = bits_below(blocks.causal_end(item.index), first);
-  if (call.words == nullptr || reachable == 0) return reachable;
-  const int64_t plane = static_cast<int64_t>(item.batch) * call.grid.heads + item.head;
-  const uint32_t* words = call.words + (plane * blocks.query_blocks() + item.index) * call.mask_words;
+  if (reachable == 0) return 0;
+  const uint32_t* words = words_of(call, blocks, item.batch, item.head, item.index);
+  if (words == nullptr) return reachable;
   const uint32_t always = bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first);
   return (words[first / 32] | always) & reachable;
 }

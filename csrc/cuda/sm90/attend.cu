@@ -160,10 +160,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ const uint32_t* words_of(const Blocks& blocks, const Item& item) const {
-    const SaleCudaAttend& call = launch.call;
-    if (call.words == nullptr) return nullptr;
-    const int64_t plane = static_cast<int64_t>(item.batch) * call.grid.heads + item.head;
-    return call.words + (plane * blocks.query_blocks() + item.index) * call.mask_words;
+    return sale::cuda::words_of(launch.call, blocks, item.batch, item.head, item.index);
   }
 
   // Edge slots: diagonal blocks, the first `extra` others, then none; the rest of the list fills whole tiles.

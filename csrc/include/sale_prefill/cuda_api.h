@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define SALE_CUDA_ABI 3
+#define SALE_CUDA_ABI 4
 
 extern "C" {
 
@@ -94,8 +94,10 @@ struct SaleCudaAttend {
   SaleCudaRows query;
   SaleCudaTokens keys;
   SaleCudaTokens values;
-  const uint32_t* words;  // null: every block that causality allows
+  // [batch, heads, query blocks from dense_until on, mask_words]; null: every block that causality allows.
+  const uint32_t* words;
   int64_t mask_words;
+  int64_t dense_until;  // absolute position, a multiple of query_block; rows before it attend to every block
   const uint8_t* skip_heads;  // device, [heads]; null: none
   SaleCudaRows output;
   float* lse;  // null: not wanted

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 
 
 #: SaleCudaDtype.
@@ -129,6 +129,7 @@ class Attend(ctypes.Structure):
         ("values", Tokens),
         ("words", c_void_p),
         ("mask_words", c_int64),
+        ("dense_until", c_int64),
         ("skip_heads", c_void_p),
         ("output", Rows),
         ("lse", c_void_p),

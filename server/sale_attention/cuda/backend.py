@@ -185,6 +185,29 @@ class CudaBackend(ReferenceBackend):
         skip = _flags(plan.dense, query.device) if any(plan.dense) else None
         _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), skip)
 
+    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
+        """Where there are kernels: one launch less, and one tail of it."""
+        return self._native(query, kv.head_dim, kv.value_dim, query.dtype) is not None
+
+    def compute_joined(
+        self,
+        query: Tensor,
+        kv: KvView,
+        selection: Selection,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        scale: float,
+        output: Tensor,
+        lse: Tensor,
+        dense_until: int,
+    ) -> None:
+        """See `AttentionBackend.compute_joined`."""
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        if native is None:
+            super().compute_joined(query, kv, selection, plan, grid, scale, output, lse, dense_until)
+            return
+        _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), None, dense_until)
+
     def attend_all(
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
     ) -> None:
@@ -259,6 +282,7 @@ def _attend(
     lse: Tensor | None,
     words: Tensor | None,
     skip_heads: Tensor | None,
+    dense_until: int = 0,
 ) -> None:
     query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
     counter = torch.empty(1, dtype=torch.int32, device=query.device)
@@ -269,6 +293,7 @@ def _attend(
         abi.Tokens.of(values, kv.page_table, kv.tokens),
         None if words is None else words.data_ptr(),
         grid.mask_words,
+        dense_until,
         None if skip_heads is None else skip_heads.data_ptr(),
         abi.Rows.of(output),
         None if lse is None else lse.data_ptr(),

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sale_attention import KvView, attend
+from sale_attention import AttentionStatistics, KvView, LayerPolicy, attend
 from sale_attention.dense import dense_attention, dense_log_sum_exp
 from sale_attention.reference import ReferenceBackend
 from tests.conformance.calls import registered
-from tests.unit.attention.naive import Shape, causal_mask, exact_attention, random_problem
+from tests.unit.attention.naive import SMALL, Shape, causal_mask, exact_attention, random_problem
 
 
 class AttentionLayer(nn.Module):
@@ -108,6 +108,46 @@ def test_a_backend_may_take_dense_calls_of_several_rows(rows: int, window: int |
     assert result.lse is not None
     assert torch.allclose(result.output.double(), exact, atol=2e-2)
     assert torch.allclose(result.lse.double(), exact_lse, atol=1e-3)
+
+
+class JoiningBackend(ReferenceBackend):
+    """A backend that computes short rows along with the others; counts these calls."""
+
+    name = "joining"
+    calls = 0
+
+    def joins_short_rows(self, query: torch.Tensor, kv: KvView) -> bool:
+        return True
+
+    def compute_joined(self, *arguments: Any) -> None:
+        self.calls += 1
+        super().compute_joined(*arguments)
+
+
+@pytest.mark.parametrize(("rows", "offset", "joined"), [(300, 0, 1), (250, 37, 1), (200, 64, 0), (50, 0, 0)])
+def test_short_rows_computed_along_with_the_others_have_the_same_bits(rows: int, offset: int, joined: int) -> None:
+    query, kv = random_problem(Shape(rows, offset, 6, 2))
+    backend = JoiningBackend()
+    with registered(backend) as name:
+        statistics, plain_statistics = AttentionStatistics(), AttentionStatistics()
+        result = attend(query, kv, config=SMALL, backend=name, statistics=statistics)
+    plain = attend(query, kv, config=SMALL, backend="reference", statistics=plain_statistics)
+    assert backend.calls == joined
+    assert torch.equal(result.output, plain.output)
+    assert result.lse is not None
+    assert plain.lse is not None
+    assert torch.equal(result.lse, plain.lse)
+    assert statistics.density == plain_statistics.density
+
+
+def test_heads_that_are_dense_keep_short_rows_apart() -> None:
+    query, kv = random_problem(Shape(300, 0, 6, 2))
+    backend = JoiningBackend()
+    policy = LayerPolicy(torch.tensor([0.0, 0.1, 0.1, 0.1, 0.1, 0.1]), torch.ones(6, dtype=torch.int64))
+    with registered(backend) as name:
+        result = attend(query, kv, policy=policy, config=SMALL, backend=name)
+    assert backend.calls == 0
+    assert torch.equal(result.output, attend(query, kv, policy=policy, config=SMALL, backend="reference").output)
 
 
 def test_gradients_flow_though_a_backend_takes_dense_calls() -> None:
