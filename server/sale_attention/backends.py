@@ -49,6 +49,10 @@ class AttentionBackend(ABC):
         """The name, and what the backend found to run on, for reports."""
         return self.name
 
+    def runs_on(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+        """What computes heads of this kind: the description, or "reference" where native kernels do not cover them."""
+        return self.description
+
     @abstractmethod
     def supports(self, request: AttentionRequest) -> str | None:
         """None if this backend can run `request`, else the reason in words; the caller then runs it dense."""

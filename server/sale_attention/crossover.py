@@ -9,6 +9,7 @@ and hardly to the machine, and a table gives every replica the same answer, howe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .config import SaleConfig
@@ -23,7 +24,8 @@ _KEPT_TAU_EXPONENT = 0.32
 _KEPT_BY_STRIDE = {1: 1.0, 2: 0.88, 4: 0.77}
 
 _POSITION_STEP = 128
-_LONGEST_POSITION = 1 << 20
+#: A crossover that no prompt reaches.
+NEVER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,26 @@ def expected_density(position: int, tau: float, query_stride: int) -> float:
 def crossover_position(costs: AttentionCosts, tau: float, query_stride: int, config: SaleConfig) -> int:
     """First row position, a multiple of 128, from which sparse rows are expected to be cheaper than dense ones.
 
-    At least `config.dense_rows`, before which the key centre is not known; past a million tokens where sparse rows
-    never pay.
+    At least `config.dense_rows`, before which the key centre is not known; `NEVER` where sparse rows do not pay.
     """
     position = -(-config.dense_rows // _POSITION_STEP) * _POSITION_STEP
-    while position < _LONGEST_POSITION:
+    while position < NEVER:
         if costs.sparse_row_seconds(position, tau, query_stride) < position * costs.dense_pair_seconds:
             return position
         position += max(_POSITION_STEP, position // 8 // _POSITION_STEP * _POSITION_STEP)
-    return _LONGEST_POSITION
+    return NEVER
 
 
-def costs_of(backend: str, head_dim: int) -> AttentionCosts:
+def costs_of(backend: str, head_dim: int, device_type: str = "cpu") -> AttentionCosts:
     """Costs of the backend described as `backend`, such as "cpu-avx512", at the nearest measured head_dim, scaled.
+
+    The reference on a GPU launches thousands of small operations, so there sparse rows never pay.
 
     A backend that nobody measured counts as the reference does, a GPU like the one that was measured: what decides is
     the ratio of 8-bit to 16-bit products, which is 2 on all of them.
     """
+    if backend == "reference" and device_type == "cuda":
+        return AttentionCosts(0.0, 0.0, 0.0, math.inf)
     unknown = "cuda-sm90a" if backend.startswith("cuda-") else "reference"
     measured = _COSTS.get(backend, _COSTS[unknown])
     nearest = min(measured, key=lambda dim: abs(dim - head_dim))

@@ -192,8 +192,8 @@ class Server:
         return _Service(engine, SessionManager(self._events), Scheduler())
 
     def _log_start(self, engine: Engine, warm_up_seconds: float) -> None:
-        if engine.attention_backend == "reference" and self.config.attention_backend != "reference":
-            self._metrics.kernel_fallbacks.labels("build").inc()
+        if engine.kernel_fallback is not None:
+            self._metrics.kernel_fallbacks.labels(engine.kernel_fallback).inc()
         crossover = engine.crossover(engine.defaults)
         logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
         logger.info("chunks of %d tokens", engine.chunk_tokens)

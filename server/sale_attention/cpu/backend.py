@@ -67,6 +67,10 @@ class CpuBackend(ReferenceBackend):
         """The backend and what it runs on, such as "cpu-avx512"; "reference" where kernels could not be built."""
         return "reference" if self._kernels is None else f"cpu-{self._kernels.isa}"
 
+    def runs_on(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+        """See `AttentionBackend.runs_on`."""
+        return "reference" if self._native(head_dim, dtype=dtype) is None else self.description
+
     def _native(self, *dims: int, dtype: torch.dtype, scale: float = 1.0) -> CpuKernels | None:
         if dtype not in _DTYPES or any(dim % _DIM_UNIT for dim in dims) or not 0.0 < scale < math.inf:
             return None

@@ -52,6 +52,10 @@ class CudaBackend(ReferenceBackend):
             return "reference"
         return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability())}"
 
+    def runs_on(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+        """See `AttentionBackend.runs_on`."""
+        return self.description if dtype in _DTYPES and head_dim in _HEAD_DIMS else "reference"
+
     def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
         covered = sample.is_cuda and dtype in _DTYPES and head_dim in _HEAD_DIMS and value_dim == head_dim
         return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
-from sale_attention.crossover import costs_of, crossover_position
+from sale_attention.crossover import NEVER, costs_of, crossover_position
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.decode import GraphDecoder
 from sale_prefill_server.engine.model import LoadedModel
@@ -60,8 +60,16 @@ class Engine:
 
     @property
     def attention_backend(self) -> str:
-        """What runs SALE, such as "cpu-avx512"."""
-        return self._backend.description
+        """What runs SALE on this model's heads, such as "cpu-avx512"."""
+        shape = self.model.kv_shape
+        return self._backend.runs_on(shape.head_dim, shape.dtype, shape.device)
+
+    @property
+    def kernel_fallback(self) -> str | None:
+        """Why the torch reference computes where native kernels were wanted: "build", "shape", or None."""
+        if self._backend_name == "reference" or self.attention_backend != "reference":
+            return None
+        return "build" if self._backend.description == "reference" else "shape"
 
     def open(self, settings: AttentionSettings) -> Sequence:
         """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life."""
@@ -75,7 +83,7 @@ class Engine:
         """Row position from which a session with `settings` is sparse."""
         if not self._has_crossover:
             return self.config.dense_rows
-        costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim)
+        costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
         return crossover_position(costs, settings.threshold, settings.query_stride, self.config)
 
     def next_boundary(self, position: int, end: int) -> int:
@@ -112,7 +120,7 @@ class Engine:
             config=sequence.config,
             policies=sequence.policies,
             states=sequence.states,
-            dense=sequence.settings.mode is AttentionMode.DENSE,
+            dense=sequence.settings.mode is AttentionMode.DENSE or sequence.config.dense_rows >= NEVER,
             prompt_end=prompt_end,
             statistics=statistics,
             on_layer=on_layer,

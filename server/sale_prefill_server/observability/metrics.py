@@ -163,7 +163,7 @@ class Metrics:
             (self.phase_seconds, PHASES),
             (self.blocks, ("computed", "skipped")),
             (self.dense_rows, DENSE_REASONS),
-            (self.kernel_fallbacks, ("build",)),
+            (self.kernel_fallbacks, ("build", "shape")),
             (self.sessions, ("busy", "partial", "ready")),
             (self.session_ends, SESSION_ENDS),
             (self.lease_renewals, ("renewed", "missing")),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sale_attention import SaleConfig
-from sale_attention.crossover import AttentionCosts, costs_of, crossover_position, expected_density
+from sale_attention.crossover import NEVER, AttentionCosts, costs_of, crossover_position, expected_density
 
 # An H100-like machine, roughly: estimation at twice the rate of dense attention's products.
 COSTS = AttentionCosts(
@@ -60,6 +60,14 @@ def test_native_kernels_turn_sparse_before_a_short_prompt_is_long(backend: str) 
 def test_a_backend_that_nobody_measured_counts_as_the_reference() -> None:
     assert costs_of("npu", 64) == costs_of("reference", 64)
     assert crossover(costs_of("reference", 64)) > 2048
+
+
+def test_a_gpu_that_nobody_measured_counts_as_the_one_that_was() -> None:
+    assert costs_of("cuda-sm89", 128) == costs_of("cuda-sm90a", 128)
+
+
+def test_on_a_gpu_the_reference_never_computes_sparse_rows() -> None:
+    assert crossover(costs_of("reference", 96, "cuda")) == NEVER
 
 
 def test_costs_scale_from_the_nearest_measured_head_dim() -> None:

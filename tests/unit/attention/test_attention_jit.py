@@ -215,6 +215,12 @@ def test_without_kernels_the_reference_computes_and_says_so_once(
     assert "slow torch reference computes: no C++ compiler" in record.message
 
 
+def test_heads_that_no_kernel_covers_are_said_to_run_on_the_reference() -> None:
+    assert CpuBackend().runs_on(64, torch.bfloat16, torch.device("cpu")) == CpuBackend().description
+    assert CpuBackend().runs_on(40, torch.bfloat16, torch.device("cpu")) == "reference"
+    assert CpuBackend().runs_on(64, torch.float64, torch.device("cpu")) == "reference"
+
+
 def test_every_machine_runs_the_portable_kernels() -> None:
     assert available_isas()[-1] == "portable"
     assert CpuBackend().description == f"cpu-{load_kernels().isa}"
