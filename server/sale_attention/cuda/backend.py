@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 
 import torch
 from torch import Tensor
@@ -13,30 +12,16 @@ from sale_attention.backends import register_backend
 from sale_attention.config import HeadPlan, SaleConfig
 from sale_attention.cuda import abi, library
 from sale_attention.geometry import BlockGrid
-from sale_attention.jit import KernelBuildError
 from sale_attention.kv_view import KvView
 from sale_attention.quantise import KeyCodes, QueryCodes
 from sale_attention.reference import ReferenceBackend
 from sale_attention.select import Selection
 
-logger = logging.getLogger(__name__)
-
-_HEAD_DIMS = (64, 128)
-_DTYPES = tuple(abi.DTYPES)
 _MOST_HEADS = 512
 
 
-@functools.cache
-def _library_for(device: torch.device) -> ctypes.CDLL | None:
-    try:
-        return library.load_library(torch.cuda.get_device_capability(device))
-    except KernelBuildError as error:
-        logger.warning("no native CUDA kernels on %s, so the slow torch reference computes: %s", device, error)
-        return None
-
-
 class CudaBackend(ReferenceBackend):
-    """Kernels for every GPU from sm_80 on, best on Hopper: bfloat16, head_dim 64 or 128, contiguous or paged.
+    """Kernels for every GPU from sm_80 on, best on Hopper: bfloat16 or float16, head_dim 64 or 128.
 
     The reference serves everything else: older GPUs, other dtypes and head sizes, and machines without nvcc (said once,
     in the log). Nothing here makes the host wait for the device.
@@ -48,17 +33,25 @@ class CudaBackend(ReferenceBackend):
     @property
     def description(self) -> str:
         """The backend and its target, such as "cuda-sm90a"; "reference" where kernels could not be built."""
-        if not torch.cuda.is_available() or _library_for(torch.device("cuda", torch.cuda.current_device())) is None:
-            return "reference"
-        return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability())}"
+        return self._target(torch.device("cuda"))
 
     def runs_on(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
         """See `AttentionBackend.runs_on`."""
-        return self.description if dtype in _DTYPES and head_dim in _HEAD_DIMS else "reference"
+        covered = device.type == "cuda" and dtype in abi.DTYPES and head_dim in library.HEAD_DIMS
+        return self._target(device) if covered else "reference"
+
+    def _target(self, device: torch.device) -> str:
+        if not torch.cuda.is_available():
+            return "reference"
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if library.library_for(device) is None:
+            return "reference"
+        return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability(device))}"
 
     def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-        covered = sample.is_cuda and dtype in _DTYPES and head_dim in _HEAD_DIMS and value_dim == head_dim
-        return _library_for(sample.device) if covered and sample.shape[1] <= _MOST_HEADS else None
+        if value_dim != head_dim or sample.shape[1] > _MOST_HEADS:
+            return None
+        return library.kernels_for(sample.device, dtype, head_dim)
 
     def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
         """See `quantise.default_key_centre`."""
@@ -75,7 +68,7 @@ class CudaBackend(ReferenceBackend):
     def takes_dense(self, query: Tensor, kv: KvView) -> bool:
         """On Hopper: torch's only kernel for rows behind a prefix there is FlashAttention-2, at half the speed."""
         native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
-        return native is not None and torch.cuda.get_device_capability(query.device) == (9, 0)
+        return native is not None and self._target(query.device) == "cuda-sm90a"
 
     def quantise_query(self, query: Tensor, grid: BlockGrid, config: SaleConfig) -> QueryCodes:
         """See `quantise.quantise_query`."""
@@ -333,7 +326,7 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
         grid.query_block,
         grid.sink_blocks,
         grid.local_tokens,
-        _multiprocessors(query.device),
+        library.multiprocessors(query.device),
         abi.DTYPES.get(query.dtype, 0),
     )
 
@@ -341,11 +334,6 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
 def _key_grid(kv: KvView) -> abi.Grid:
     """Keys alone, without queries."""
     return abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _code_tokens(codes: KeyCodes, tokens: int) -> tuple[abi.Tokens, abi.Tokens]:

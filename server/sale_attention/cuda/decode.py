@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
-
 import torch
 from torch import Tensor
 
 from sale_attention.cuda import abi, library
-from sale_attention.jit import KernelBuildError
 from sale_attention.kv_view import KvView
 
-logger = logging.getLogger(__name__)
-
-_HEAD_DIMS = (64, 128)
 #: A sequence is cut into chunks of at least this many tokens: a chunk leaves a partial output in memory.
 _LEAST_CHUNK = 128
 #: Chunks over all KV heads of one long sequence: about one for each warp that fits a large GPU.
@@ -25,8 +17,7 @@ _SPLITS = (32, 1024)
 
 def is_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there is a kernel: CUDA from 8.0, 16-bit elements, head_dim 64 or 128."""
-    fits = device.type == "cuda" and dtype in abi.DTYPES and head_dim in _HEAD_DIMS
-    return fits and _library_for(device) is not None
+    return library.kernels_for(device, dtype, head_dim) is not None
 
 
 def covers(query: Tensor, kv: KvView) -> bool:
@@ -41,7 +32,7 @@ def decode(query: Tensor, kv: KvView, lengths: Tensor, scale: float, return_lse:
     Raises:
         RuntimeError: the launch failed; names the CUDA error.
     """
-    native = _library_for(query.device)
+    native = library.library_for(query.device)
     assert native is not None
     query, lengths = query.contiguous(), lengths.contiguous()
     batch, heads, _, head_dim = query.shape
@@ -68,7 +59,7 @@ def decode(query: Tensor, kv: KvView, lengths: Tensor, scale: float, return_lse:
         lengths.dtype == torch.int64,
         splits,
         _LEAST_CHUNK,
-        _multiprocessors(query.device),
+        library.multiprocessors(query.device),
         scale,
     )
     library.call(native, "decode", call, query.device)
@@ -87,17 +78,3 @@ def splits_of(capacity: int, kv_heads: int) -> int:
 def _aligned(tensor: Tensor) -> bool:
     strides_fit = tensor.stride(3) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
     return strides_fit and tensor.data_ptr() % 16 == 0
-
-
-@functools.cache
-def _library_for(device: torch.device) -> ctypes.CDLL | None:
-    try:
-        return library.load_library(torch.cuda.get_device_capability(device))
-    except KernelBuildError as error:
-        logger.warning("no native decode attention on %s, torch computes it: %s", device, error)
-        return None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 
 import torch
@@ -11,6 +12,10 @@ import torch
 from sale_attention.cuda import abi
 from sale_attention.jit import BuildPlan, KernelBuildError, build, kernel_source_root
 
+logger = logging.getLogger(__name__)
+
+#: Head sizes that kernels exist for.
+HEAD_DIMS = (64, 128)
 ARCHITECTURE_VARIABLE = "SALE_PREFILL_CUDA_ARCH"
 
 #: Target to the folder of `csrc/cuda/` with its own kernels. "80" also carries PTX, for every GPU not named here.
@@ -65,6 +70,28 @@ def load_library(capability: tuple[int, int]) -> ctypes.CDLL:
         raise KernelBuildError(f"the kernel library {path} cannot be loaded: {error}; delete its folder") from error
     abi.declare(library)
     return library
+
+
+@functools.cache
+def library_for(device: torch.device) -> ctypes.CDLL | None:
+    """The device's library; None, said once in the log, where there are no kernels for it or they cannot be built."""
+    try:
+        return load_library(torch.cuda.get_device_capability(device))
+    except KernelBuildError as error:
+        logger.warning("no native CUDA kernels on %s, so the slow torch reference computes: %s", device, error)
+        return None
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
+    """The device's library if its kernels take such heads; may build it."""
+    covered = device.type == "cuda" and dtype in abi.DTYPES and head_dim in HEAD_DIMS
+    return library_for(device) if covered else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: torch.device) -> None:
