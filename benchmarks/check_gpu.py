@@ -31,6 +31,11 @@ from sale_attention.jit import CACHE_VARIABLE, kernel_cache_dir
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-h100.json"
 KIT = "tests/conformance/test_conformance.py"
+GPU_TESTS = [
+    "tests/unit/attention/test_attention_cuda.py",
+    "tests/unit/attention/test_attention_decode.py",
+    "tests/unit/server/test_decode.py",
+]
 BUILD = "from sale_attention import get_backend; print(get_backend('cuda').description)"
 
 
@@ -48,17 +53,23 @@ def found_traces(folder: Path | None) -> list[Path]:
         return []
 
 
-def kit_rows(architecture: str | None) -> list[Row]:
-    """The conformance kit on the GPU, natively or through another target's kernels."""
-    changes = {} if architecture is None else {"SALE_PREFILL_CUDA_ARCH": architecture}
-    command = [sys.executable, "-m", "pytest", KIT, "-k", "cuda", "-q", "-p", "no:cacheprovider"]
+def pytest_row(line: str, arguments: list[str], **changes: str) -> Row:
+    """pytest with `arguments`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
     passed = done.returncode == 0 and "passed" in last
     if not passed:
         print(done.stdout[-4000:])
-    target = "" if architecture is None else f", sm_{architecture} kernels from PTX, s4 included"
-    return [Row(f"conformance kit{target}", "passes", "", last.strip("= "), passed)]
+    return Row(line, "passes", "", last.strip("= "), passed)
+
+
+def kit_rows(architecture: str | None) -> list[Row]:
+    """The conformance kit on the GPU, natively or through another target's kernels."""
+    if architecture is None:
+        return [pytest_row("conformance kit", [KIT, "-k", "cuda"])]
+    line = f"conformance kit, sm_{architecture} kernels from PTX, s4 included"
+    return [pytest_row(line, [KIT, "-k", "cuda"], SALE_PREFILL_CUDA_ARCH=architecture)]
 
 
 def sanitizer_rows(tool: str) -> list[Row]:
@@ -85,6 +96,7 @@ def correctness_rows() -> list[Row]:
             pool.submit(kit_rows, "80"),
             pool.submit(gpu_service.measure_default_model),
         ]
+        jobs += [pool.submit(lambda: [pytest_row("GPU tests of decode, graphs and the library", GPU_TESTS)])]
         jobs += [pool.submit(sanitizer_rows, tool) for tool in ("memcheck", "racecheck")]
         return [row for job in jobs for row in job.result()]
 
@@ -152,6 +164,7 @@ def main() -> int:
         "decode": decode_rows,
         "errors": lambda: gpu_kernels.error_rows(traces),
         "correctness": correctness_rows,
+        "engine": gpu_service.measure_engine_decode,
         "service": lambda: gpu_service.measure_large_model(
             gpu_service.LENGTHS,
             strides=arguments.service_strides,

@@ -35,6 +35,9 @@ from benchmarks.texts import PASSWORD, RESTAURANT, documents
 from sale_attention import BlockGrid, KvView, SaleConfig, get_backend
 from sale_prefill_client import Attention, Client, DecodedToken, PrefillStats
 from sale_prefill_client.errors import SalePrefillError
+from sale_prefill_server.engine.engine import Engine
+from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
+from sale_prefill_server.kv.pool import KvPool
 
 LLAMA_8B = RandomLlama(
     layers=32,
@@ -242,6 +245,40 @@ def _decode_rows(length: int, runs: dict[str, Timed]) -> list[Row]:
         for way, run in runs.items()
         if run.token_seconds
     ]
+
+
+def measure_engine_decode(tokens: int = 65_536, count: int = 32, model: RandomLlama = LLAMA_8B) -> list[Row]:
+    """Milliseconds of a decoded token in the engine behind `tokens` of KV, by CUDA graphs and launch by launch."""
+    device = torch.device("cuda:0")
+    loaded = model.build(device)
+    settings = AttentionSettings(AttentionMode.DENSE, THRESHOLD, 1)
+    found = {}
+    for name, graphs in (("launch by launch", False), ("graphs", True)):
+        engine = Engine(
+            loaded,
+            KvPool(loaded.kv_shape, 12 << 30),
+            settings,
+            SaleConfig(),
+            chunk_tokens=8192,
+            attention_backend="auto",
+            decode_graphs=graphs,
+        )
+        sequence = engine.open(settings)
+        sequence.kv.reserve(tokens + count)
+        sequence.kv.make_room(tokens + count)  # what the memory holds does not matter
+        sequence.kv.extend_to(tokens)
+        taken = []
+        for token in range(count):
+            started = time.perf_counter()
+            engine.decode_token(sequence, token)
+            taken.append(1e3 * (time.perf_counter() - started))
+        found[name] = statistics.median(taken[4:])
+        sequence.release()
+    weights = sum(weight.numel() * weight.element_size() for weight in loaded.module.parameters())
+    floor = (weights + tokens * loaded.kv_shape.bytes_per_token) / 3.0e12 * 1e3
+    measured = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in found.items())
+    line = f"decode in the engine, 8B-shaped, {tokens // 1024}K of KV, a token"
+    return [Row(line, "", "", f"{measured}; {floor:.2f} ms at 3.0 TB/s", True, found)]
 
 
 @dataclass(frozen=True)
