@@ -1,4 +1,7 @@
-"""Lines of what was measured on a GPU: required, aim, measured; printed as a table and written as JSON."""
+"""Lines of what was measured on a GPU: required, aim, measured; printed as a table and written as JSON.
+
+`pass` says whether `measured` is what `required` asks; a row without `required` informs only, and `pass` means nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def at_least(line: str, required: float, aim: float | None, measured: float, uni
 
 def at_most(line: str, required: float, aim: float | None, measured: float, unit: str, **details: Any) -> Row:
     """A figure that must be `required` or less."""
-    shown = f"{measured:.1f}{unit}" if required >= 2 else f"{measured:.3f}{unit}"
+    shown = f"{measured:.2f}{unit}" if required >= 2 else f"{measured:.3f}{unit}"
     return Row(
         line, f"<= {required:g}{unit}", f"{aim:g}{unit}" if aim else "", shown, bool(measured <= required), details
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,22 @@ class Recorder(AttentionBackend):
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """As the backend."""
         return self.backend.sink_local_lse(query, kv, centre, grid, scale)
+
+    def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
+        """As the backend."""
+        return self.backend.key_centre(kv, config)
+
+    def prepare_rows(self, *arguments: Any) -> tuple[QueryCodes, Tensor]:
+        """As the backend."""
+        return self.backend.prepare_rows(*arguments)
+
+    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
+        """As the backend."""
+        return self.backend.joins_short_rows(query, kv)
+
+    def compute_joined(self, *arguments: Any) -> None:
+        """As the backend."""
+        self.backend.compute_joined(*arguments)
 
     def select(
         self,

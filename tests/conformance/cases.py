@@ -200,6 +200,8 @@ END_TO_END_OPTIONAL = [Case(1500, 300, 4, 2, 64, config=FOUR_BIT), Case(1500, 50
 CHUNKS = [
     Case(700, 0, 4, 2, tau=(TAU, 0.1, 0.0, math.inf), stride=(1, 2, 4, 1)),
     Case(530, 229, 3, 1, 128, dtype=torch.float32, page_tokens=96),
+    # No head is dense, so short rows may be computed along with the others.
+    Case(430, 100, 2, 1, 128, config=replace(SMALL, query_block=128, dense_rows=256), page_tokens=96, stride=(1, 2)),
 ]
 CHUNKS_SLOW = [
     Case(2500, 0, 6, 2, 96, stride=(4, 2, 1), dtype=torch.float16, config=SaleConfig(query_block=128)),

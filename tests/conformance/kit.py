@@ -15,6 +15,8 @@ from tests.conformance.calls import (
 from tests.conformance.phases import (
     check_attend_all,
     check_compute,
+    check_joined,
+    check_key_centre,
     check_key_codes,
     check_phases,
     check_query_codes,
@@ -33,6 +35,8 @@ __all__ = [
     "check_chunks",
     "check_compute",
     "check_end_to_end",
+    "check_joined",
+    "check_key_centre",
     "check_key_codes",
     "check_non_finite_keys",
     "check_non_finite_queries",

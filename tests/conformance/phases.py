@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sale_attention import AttentionBackend, AttentionRequest, KeyCodes, QueryCodes, Selection
-from sale_attention.quantise import quantise_query
+from sale_attention.quantise import default_key_centre, quantise_query
 from sale_attention.select import select_blocks, voting_rows
 from tests.conformance.cases import Case
 from tests.conformance.compare import (
@@ -42,6 +43,18 @@ def unsupported(backend: AttentionBackend, case: Case, device: str = "cpu") -> s
     if reason is not None and not case.optional:
         raise AssertionError(f"{where(backend, case)}: declined ({reason}), but every backend does such cases")
     return reason
+
+
+def check_key_centre(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
+    """The mean of the first keys, summed in float64: within a unit in the last place."""
+    inputs = problem(case)
+    expected = default_key_centre(inputs.kv, case.config)
+    result = backend.key_centre(placed_kv(inputs, device), case.config).cpu()
+    near = (expected.nextafter(torch.tensor(-math.inf)) <= result) & (
+        result <= expected.nextafter(torch.tensor(math.inf))
+    )
+    wrong = int((~near).sum())
+    assert not wrong, f"{where(backend, case)}: {wrong} of {near.numel()} elements of the key centre are off"
 
 
 def check_query_codes(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
@@ -230,6 +243,30 @@ def check_compute(backend: AttentionBackend, case: Case, device: str = "cpu") ->
         expected = inputs.selected
         require_accuracy(place, results.output, expected, sparse)
         require_lse(place, "the log-sum-exp", results.lse[:, sparse], expected.exact_lse[:, sparse])
+
+
+def check_joined(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
+    """Short rows computed along with sparse ones: the same bits as by themselves; nothing else is written."""
+    inputs, place = problem(case), where(backend, case)
+    block, offset = case.config.query_block, inputs.grid.offset
+    until = (offset // block + 1 + (inputs.grid.query_blocks - 1) // 3) * block
+    if not offset < until < case.tokens or any(inputs.plan.dense):
+        return
+    first = until // block - inputs.grid.first_query_block
+    words = inputs.selection.words[:, :, first:].contiguous().to(device)
+    selection = Selection(words, inputs.selection.key_blocks)
+    query, kv = placed_query(inputs, device), placed_kv(inputs, device)
+    joined, apart = GuardedResults(inputs, device), GuardedResults(inputs, device)
+    for results, compute in (
+        (joined, backend.compute_joined),
+        (apart, partial(AttentionBackend.compute_joined, backend)),
+    ):
+        compute(query, kv, selection, inputs.plan, inputs.grid, inputs.scale, results.output, results.lse, until)
+        outside = results.written_outside()
+        assert not outside, f"{place}: {outside} elements were written outside output and lse"
+    what = f"outputs of rows joined at {until}"
+    require_equal(place, what, joined.output, apart.output.cpu(), QUERY_AXES)
+    require_equal(place, f"log-sum-exps, {what}", joined.lse, apart.lse.cpu(), QUERY_AXES[:3])
 
 
 def check_attend_all(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:

@@ -103,6 +103,16 @@ def test_query_codes_are_those_of_the_reference(subject: Subject, case: Case) ->
     kit.check_query_codes(subject.backend, subject.takes(case), subject.device)
 
 
+@grid([*cases.EDGES, *cases.HEADS, *cases.LAYOUTS], cases.ALL_HEADS)
+def test_the_key_centre_is_that_of_the_reference(subject: Subject, case: Case) -> None:
+    kit.check_key_centre(subject.backend, subject.takes(case), subject.device)
+
+
+@grid([*cases.EDGES, *cases.HEADS, *cases.LAYOUTS, *cases.POLICIES, *cases.EXTREMES], cases.ALL_HEADS)
+def test_short_rows_computed_along_have_the_same_bits(subject: Subject, case: Case) -> None:
+    kit.check_joined(subject.backend, subject.takes(case), subject.device)
+
+
 @grid(cases.QUICK, cases.SLOW)
 def test_key_codes_are_those_of_the_reference(subject: Subject, case: Case) -> None:
     kit.check_key_codes(subject.backend, subject.takes(case), subject.device)

@@ -219,6 +219,17 @@ class ContinuesWrongly(ReferenceBackend):
             out.scales[:, :, start // 32 :] *= 1.5
 
 
+class CentreOff(ReferenceBackend):
+    def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
+        return super().key_centre(kv, config) + 1e-5
+
+
+class JoinsTheWrongWords(ReferenceBackend):
+    def compute_joined(self, query: Tensor, kv: KvView, selection: Selection, *arguments: Any) -> None:
+        rolled = Selection(selection.words.roll(1, dims=2), selection.key_blocks)
+        super().compute_joined(query, kv, rolled, *arguments)
+
+
 class SinkLocalLseOff(ReferenceBackend):
     """By a hundredth of a nat."""
 
@@ -445,6 +456,8 @@ PLANTED = [
     Planted(QuantisesWholeBlocks, kit.check_key_codes, Case(100, 290), r"key scales .* nan instead of"),
     Planted(QuantisesTheStartAgain, kit.check_key_codes, PLAIN, r"key scales \(from 256 on\) differ.* instead of nan"),
     Planted(ContinuesWrongly, kit.check_key_codes, PLAIN, r"key scales \(from 256 on\)"),
+    Planted(CentreOff, kit.check_key_centre, PLAIN, r"64 of 64 elements of the key centre are off"),
+    Planted(JoinsTheWrongWords, kit.check_joined, PLAIN, r"outputs of rows joined at \d+ differ"),
     Planted(SinkLocalLseOff, kit.check_sink_local_lse, PLAIN, r"sink-local log-sum-exp of 258 of 258 rows"),
     Planted(SinkLocalLseOff, kit.check_end_to_end, [cases.END_TO_END[0]], r"nats from the threshold"),
     Planted(LseOff, kit.check_compute, PLAIN, r"log-sum-exp of 258 of 258 rows"),
