@@ -82,7 +82,7 @@ def kit_rows(architecture: str | None) -> list[Row]:
 
 def sanitizer_rows(tool: str) -> list[Row]:
     """memcheck or racecheck over every kernel on small shapes."""
-    line = f"compute-sanitizer {tool}, every kernel, small shapes"
+    line = f"compute-sanitizer {tool}, every kernel of this GPU's target, small shapes"
     if shutil.which("compute-sanitizer") is None:
         return [Row(line, "clean", "", "not installed", False)]
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=sale", "--error-exitcode", "3"]

@@ -12,7 +12,7 @@
 // float32 sums, so the centre is taken off afterwards as q . centre, once a row.
 //
 // Shared memory: 13 blocks x 32 keys x head_dim of 2 bytes (104 KiB at head_dim 128: two CTAs a multiprocessor on
-// sm_80 and sm_90; 9 blocks where a multiprocessor has less), 16-byte pieces of odd keys swapped by halves against bank
+// sm_80 and sm_90; 11 blocks where a multiprocessor has less), 16-byte pieces of odd keys swapped by halves against bank
 // conflicts. Barriers: one __syncthreads a tile.
 #include "codes.cuh"
 #include "mma.cuh"
@@ -369,6 +369,8 @@ int run(Launch& launch, cudaStream_t stream) {
   const int local_blocks = (grid.local_tokens + kKeyBlock - 1) / kKeyBlock + 2 * kTileBlocks;
   launch.ring = launch.slots - grid.sink_blocks;
   if (launch.ring < local_blocks) launch.ring = 0;
+  // Sink blocks come with the first tile of a head; those that it does not see yet would never come.
+  if (grid.sink_blocks * kKeyBlock > (grid.offset / kTileRows + 1) * kTileRows) launch.ring = 0;
   const bool wants_keys = launch.call.lse != nullptr || launch.call.thresholds != nullptr;
   if (!wants_keys) launch.ring = 0;
   const int64_t first = grid.offset / kTileRows, last = (grid.offset + grid.rows + kTileRows - 1) / kTileRows;

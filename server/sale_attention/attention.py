@@ -56,7 +56,8 @@ def attend(
 
     Rows below `config.dense_rows`, heads with tau = 0, and calls that SALE or the backend does not cover run dense;
     `statistics` says which and why. Results do not depend on how a prompt is split into calls if the splits lie at
-    multiples of 128 and `prompt_end` is the same in each.
+    multiples of 128 and `prompt_end` is the same in each. What is asked to be dense may take other kernels for one row
+    than for several, with the last bits that these give.
 
     Args:
         query: `[B, H, Nq, d]`, bfloat16, float16, float32 or float64; H a multiple of the KV heads.

@@ -14,7 +14,11 @@ Encode encoder() {
   static const Encode found = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
     return reinterpret_cast<Encode>(entry);
   }();
   return found;

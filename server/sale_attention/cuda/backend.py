@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -48,8 +49,11 @@ class CudaBackend(ReferenceBackend):
             return "reference"
         return f"cuda-sm{library.architecture_of(torch.cuda.get_device_capability(device))}"
 
-    def _native(self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-        if value_dim != head_dim or sample.shape[1] > _MOST_HEADS:
+    def _native(
+        self, sample: Tensor, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float = 1.0
+    ) -> ctypes.CDLL | None:
+        # Kernels take the maximum before they scale.
+        if value_dim != head_dim or sample.shape[1] > _MOST_HEADS or not 0.0 < scale < math.inf:
             return None
         return library.kernels_for(sample.device, dtype, head_dim)
 
@@ -92,7 +96,7 @@ class CudaBackend(ReferenceBackend):
 
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """See `sink_local.sink_local_log_sum_exp`."""
-        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype)
+        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype, scale)
         if native is None:
             return super().sink_local_lse(query, kv, centre, grid, scale)
         lse = torch.empty(query.shape[:3], device=query.device)
@@ -110,7 +114,7 @@ class CudaBackend(ReferenceBackend):
         scale: float,
     ) -> tuple[QueryCodes, Tensor]:
         """Codes and thresholds in one pass over the queries."""
-        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype)
+        native = self._native(query, kv.head_dim, kv.head_dim, query.dtype, scale)
         if native is None or config.code_bits != 8:
             return super().prepare_rows(query, kv, centre, grid, config, log_tau, scale)
         thresholds = torch.empty(query.shape[:3], device=query.device)
@@ -175,7 +179,7 @@ class CudaBackend(ReferenceBackend):
         lse: Tensor,
     ) -> None:
         """See `compute.compute_selected`."""
-        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, scale)
         if native is None:
             super().compute(query, kv, selection, plan, grid, scale, output, lse)
             return
@@ -199,7 +203,7 @@ class CudaBackend(ReferenceBackend):
         dense_until: int,
     ) -> None:
         """See `AttentionBackend.compute_joined`."""
-        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, scale)
         if native is None:
             super().compute_joined(query, kv, selection, plan, grid, scale, output, lse, dense_until)
             return
@@ -209,7 +213,7 @@ class CudaBackend(ReferenceBackend):
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
     ) -> None:
         """Every causal block through the same kernel: unlike library kernels, it does not depend on chunks."""
-        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype)
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, scale)
         if native is None:
             super().attend_all(query, kv, grid, scale, output, lse)
             return
@@ -311,7 +315,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where the copy engine cannot read it: 16-byte strides and start, contiguous elements."""
     unit = 16 // tensor.element_size()
     fits = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
-    return tensor if fits and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
+    return tensor if fits and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:

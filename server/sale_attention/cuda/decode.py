@@ -35,6 +35,8 @@ def decode(query: Tensor, kv: KvView, lengths: Tensor, scale: float, return_lse:
     native = library.library_for(query.device)
     assert native is not None
     query, lengths = query.contiguous(), lengths.contiguous()
+    if query.data_ptr() % 16:
+        query = query.clone()
     batch, heads, _, head_dim = query.shape
     splits = splits_of(kv.tokens, kv.kv_heads)
     output = torch.empty_like(query)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -110,10 +111,17 @@ class StaticStep:
 class SequenceGraph:
     """One sequence's graph. It holds no KV, only its addresses: it is good as long as `kv.moves` stays."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, moves: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, moves: int, retired: deque[torch.cuda.CUDAGraph]) -> None:
         self.graph: torch.cuda.CUDAGraph | None = graph
         self.moves = moves
         self.last_used = 0
+        self._retired = retired
+
+    def retire(self) -> None:
+        """Gives the graph up; from any thread, while it is destroyed on the one that captures."""
+        graph, self.graph = self.graph, None
+        if graph is not None:
+            self._retired.append(graph)
 
 
 class GraphDecoder:
@@ -130,6 +138,7 @@ class GraphDecoder:
         self._logits: torch.Tensor | None = None
         self._pool: Any = None
         self._held: weakref.WeakSet[SequenceGraph] = weakref.WeakSet()
+        self._retired: deque[torch.cuda.CUDAGraph] = deque()
         self._ticks = 0
         shape = model.kv_shape
         self.enabled = has_decode_kernel(shape.device, shape.dtype, shape.head_dim)
@@ -147,8 +156,10 @@ class GraphDecoder:
         Raises:
             ValueError: past what was reserved.
         """
+        self._retired.clear()
         if not self.enabled:
             return None
+        self._ticks += 1
         position = sequence.num_tokens
         sequence.kv.make_room(position + 1)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -156,11 +167,18 @@ class GraphDecoder:
             with torch.cuda.stream(self._stream):
                 self._step.set(token_id, position)
                 logits = self._run(sequence).cpu()
+        except torch.cuda.OutOfMemoryError as error:
+            self._abandon()
+            torch.cuda.empty_cache()  # what the allocator holds back it cannot give to a capture
+            logger.warning("a token is decoded without a CUDA graph: %s", error)
+            return None
         except Exception as error:  # whatever a model's code raises while its launches are recorded
+            self._abandon()
             self.enabled = False
             logger.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, error)
-            for graph in list(self._held):
-                graph.graph = None
+            for held in list(self._held):
+                held.retire()
+            self._retired.clear()
             return None
         sequence.kv.extend_to(position + 1)
         return logits
@@ -173,19 +191,35 @@ class GraphDecoder:
             return logits
         held = sequence.decode_graph
         if held is None or held.graph is None or held.moves != sequence.kv.moves:
-            sequence.decode_graph = None  # the old one goes first
+            if held is not None:
+                held.retire()  # the old one goes first
+                sequence.decode_graph = None
+            if not self._has_room():
+                return self._step.run(sequence.kv)
             held = sequence.decode_graph = self._capture(sequence.kv, self._logits)
-        self._ticks += 1
         held.last_used = self._ticks
         assert held.graph is not None
         held.graph.replay()
         return self._logits
 
-    def _capture(self, kv: SessionKv, logits: torch.Tensor) -> SequenceGraph:
+    def _has_room(self) -> bool:
+        """Room for one more graph, made where one was idle; sequences in turns would else capture at every token."""
         live = [held for held in self._held if held.graph is not None]
-        if len(live) >= _MOST_GRAPHS:
-            min(live, key=lambda held: held.last_used).graph = None
-        if not live:
+        if len(live) < _MOST_GRAPHS:
+            return True
+        idlest = min(live, key=lambda held: held.last_used)
+        if self._ticks - idlest.last_used <= 2 * _MOST_GRAPHS:
+            return False
+        idlest.retire()
+        return True
+
+    def _abandon(self) -> None:
+        """What was launched before an error may still write where the next step will."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def _capture(self, kv: SessionKv, logits: torch.Tensor) -> SequenceGraph:
+        self._retired.clear()
+        if not any(held.graph is not None for held in self._held):
             self._pool = torch.cuda.graph_pool_handle()  # the memory of the last one went with it
         graph = torch.cuda.CUDAGraph()
         # Other threads may copy KV meanwhile: only this one must do nothing that cannot be recorded.
@@ -193,9 +227,12 @@ class GraphDecoder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 logits.copy_(self._step.run(kv))
-            finally:
-                graph.capture_end()
-        held = SequenceGraph(graph, kv.moves)
+            except BaseException:
+                with suppress(RuntimeError):  # the error that is under way says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        held = SequenceGraph(graph, kv.moves, self._retired)
         self._held.add(held)
         return held
 

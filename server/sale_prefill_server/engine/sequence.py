@@ -67,5 +67,7 @@ class Sequence:
     def release(self) -> None:
         """Gives the memory back once the last reader is done."""
         self.states.clear()
+        if self.decode_graph is not None:
+            self.decode_graph.retire()
         self.decode_graph = None
         self.kv.release()

@@ -174,12 +174,14 @@ class SessionKv:
             self._grow(layer, self._lengths[layer])
 
     def _grow(self, layer: int, kept_tokens: int) -> None:
-        self._moves += 1
-        # One layer at a time, so that old and new exist together for one layer only.
+        # One layer at a time, so that old and new exist together for one layer only; both or, without memory, neither.
+        grown = []
         for tensors in (self._keys, self._values):
-            grown = self._allocate(self._reserved_tokens)
-            grown[:, :, :kept_tokens] = tensors[layer][:, :, :kept_tokens]
-            tensors[layer] = grown
+            larger = self._allocate(self._reserved_tokens)
+            larger[:, :, :kept_tokens] = tensors[layer][:, :, :kept_tokens]
+            grown.append(larger)
+        self._moves += 1
+        self._keys[layer], self._values[layer] = grown
 
     def view(self, layer: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [1, num_kv_heads, num_tokens, head_dim] of one layer's K and V."""

@@ -166,7 +166,7 @@ class TestGraphs:
         for sequence in sequences:
             sequence.release()
         assert engine._graphs is not None
-        assert all(held.graph is None for held in list(engine._graphs._held))
+        assert not [held for held in engine._graphs._held if held.graph is not None]
         last = opened(engine)  # memory that graphs share goes with the last, and comes again
         for token in (5, 6, 7):
             engine.decode_token(last, token)

@@ -33,6 +33,29 @@ def test_what_is_appended_is_read_back_across_growth() -> None:
     assert (kv.length(0), kv.length(1), kv.num_tokens) == (160, 100, 100)
 
 
+def test_memory_that_runs_out_in_the_middle_of_growth_leaves_keys_and_values_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kv = KvPool(SHAPE, 1 << 20).create()
+    kv.reserve(128)
+    kv.make_room(128)
+    kv.reserve(256)
+    allocate, calls = kv._allocate, []
+
+    def second_fails(num_tokens: int) -> torch.Tensor:
+        calls.append(num_tokens)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("none left")
+        return allocate(num_tokens)
+
+    monkeypatch.setattr(kv, "_allocate", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        kv.make_room(129)
+    assert [buffer.shape[2] for buffer in kv.buffers(0)] == [128, 128]
+    kv.make_room(129)
+    assert [buffer.shape[2] for buffer in kv.buffers(0)] == [256, 256]
+
+
 def test_truncation_forgets_half_written_layers() -> None:
     kv = KvPool(SHAPE, 2**20).create()
     kv.reserve(64)
