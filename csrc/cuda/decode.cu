@@ -22,7 +22,6 @@ constexpr int kStageBytes = 8192;  // keys, then values
 constexpr int kRows = 16;          // query heads of an item
 constexpr int kMergeThreads = 256;
 constexpr int kMostSplits = 1024;
-constexpr float kLog2e = 1.44269504f;
 constexpr unsigned kAll = 0xffffffffu;
 
 __device__ __forceinline__ int length_of(const SaleCudaDecode& call, int batch) {
@@ -283,7 +282,7 @@ __global__ void __launch_bounds__(32 * kWarps) decode_chunks(const SaleCudaDecod
   for (int stage = 0; stage < kStages - 1; ++stage) producer.step(call, ring + stage * kStageBytes);
 
   Attention<T, kDim, kWide> attention;
-  const float scale = call.scale * kLog2e;
+  const float scale = call.scale * kLog2E;
   int stage = 0, free_stage = kStages - 1;
   while (walk.valid(call)) {
     const int first_head = walk.kv_head * group + walk.tile * kRows, rows = min(kRows, group - walk.tile * kRows);
@@ -346,7 +345,7 @@ __global__ void __launch_bounds__(kMergeThreads) decode_merge(const SaleCudaDeco
     for (int i = 0; i < kMergeWarps; ++i) result += sums[i][threadIdx.x];
     row_at<T>(call.output, batch, head, 0)[threadIdx.x] = Wide<T>::of(count > 0 ? result / total : 0.0f);
   }
-  if (threadIdx.x == 0 && call.lse != nullptr) call.lse[row] = count > 0 ? (top + log2f(total)) / kLog2e : -INFINITY;
+  if (threadIdx.x == 0 && call.lse != nullptr) call.lse[row] = count > 0 ? (top + log2f(total)) / kLog2E : -INFINITY;
 }
 
 // ---- host

@@ -96,13 +96,4 @@ __device__ __forceinline__ T* row_at(const SaleCudaRows& rows, int batch, int he
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride + row * rows.row_stride;
 }
 
-// Mask words of the index-th query block of a head; null: it attends to every block.
-__device__ __forceinline__ const uint32_t* words_of(const SaleCudaAttend& call, const Blocks& blocks, int batch, int head,
-                                                    int index) {
-  if (call.words == nullptr || blocks.start(index) < call.dense_until) return nullptr;
-  const int dense_blocks = max(static_cast<int>(call.dense_until / blocks.query_block) - blocks.first_query_block, 0);
-  const int64_t plane = static_cast<int64_t>(batch) * call.grid.heads + head;
-  return call.words + (plane * (blocks.query_blocks() - dense_blocks) + index - dense_blocks) * call.mask_words;
-}
-
 }  // namespace sale::cuda

@@ -26,8 +26,6 @@ constexpr int kWarps = 8;
 constexpr int kWarpRows = 16;
 constexpr int kTileRows = kWarps * kWarpRows;
 constexpr int kTileBlocks = kTileRows / kKeyBlock;
-constexpr float kLn2 = 0.693147181f;
-constexpr float kLog2E = 1.44269504f;
 
 struct Launch {
   SaleCudaQueryRows call;

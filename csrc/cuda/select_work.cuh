@@ -102,6 +102,24 @@ struct Part {
   }
 };
 
+// A part's codes as the A operand of 8-bit products (a warp's rows g and g + 8 in lane 4 g + q), and their thresholds.
+template <int kDim>
+__device__ __forceinline__ void load_part(const SaleCudaSelect& call, const Part& part, uint32_t (&codes)[kDim / 32][4],
+                                          float (&thresholds)[2]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = part.row(lane / 4 + 8 * half);
+    thresholds[half] = call.thresholds[row];
+    const int8_t* source = call.query_codes + row * kDim + lane % 4 * 4;
+#pragma unroll
+    for (int step = 0; step < kDim / 32; ++step) {
+      codes[step][half] = *reinterpret_cast<const uint32_t*>(source + step * 32);
+      codes[step][half + 2] = *reinterpret_cast<const uint32_t*>(source + step * 32 + 16);
+    }
+  }
+}
+
 __device__ __forceinline__ uint32_t bits_below(int count) {
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }

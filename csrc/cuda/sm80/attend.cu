@@ -9,6 +9,7 @@
 // Barriers: __syncthreads once a tile: the tile is there, and all warps are done with the one before.
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 8 KiB + V 8 KiB), the list 3 KiB: 67 KiB with two stages,
 // two CTAs a multiprocessor (sm_80, sm_90); 99 KiB with four, where one CTA is all that fits (sm_86, sm_89).
+#include "../attend_work.cuh"
 #include "../code_tiles.cuh"
 #include "../mma.cuh"
 
@@ -22,8 +23,6 @@ constexpr int kListBlocks = 2 * kScanBlocks - 16;
 constexpr int kRing = 8;      // tiles whose block numbers are kept
 constexpr int kAbsent = -1;   // no more blocks
 constexpr float kNoMaximum = -1.0e30f;
-constexpr float kLn2 = 0.693147181f;
-constexpr float kLog2E = 1.44269504f;
 
 template <class Element>
 constexpr float kLift = 0.0f;
@@ -64,22 +63,6 @@ __device__ __forceinline__ Element* piece_at(Element* matrix, int row, int colum
   return matrix + swizzled<2 * kDim>(row, column / 8) / 2;
 }
 
-// KV head by KV head, so that what is read at a time fits the L2 cache; in each, the longest rows first.
-struct Item {
-  int batch, head, kv_head, index;
-
-  __device__ __forceinline__ Item(const SaleCudaGrid& grid, int query_blocks, int number) {
-    const int group = grid.heads / grid.kv_heads;
-    const int member = number % group;
-    number /= group;
-    index = query_blocks - 1 - number % query_blocks;
-    number /= query_blocks;
-    kv_head = number % grid.kv_heads;
-    batch = number / grid.kv_heads;
-    head = kv_head * group + member;
-  }
-};
-
 // blockIdx.x, but what was made from it elsewhere is made again, and not kept in a register till then.
 __device__ __forceinline__ int block_number() {
   int number;
@@ -96,7 +79,7 @@ __device__ __forceinline__ uint32_t bits_below(int block, int first) {
 __device__ __forceinline__ uint32_t list_word(const SaleCudaAttend& call, const Blocks& blocks, const Item& item, int first) {
   const uint32_t reachable = bits_below(blocks.causal_end(item.index), first);
   if (reachable == 0) return 0;
-  const uint32_t* words = words_of(call, blocks, item.batch, item.head, item.index);
+  const uint32_t* words = words_of(call, blocks, item);
   if (words == nullptr) return reachable;
   const uint32_t always = bits_below(blocks.sink_blocks, first) | ~bits_below(blocks.local_start(item.index), first);
   return (words[first / 32] | always) & reachable;

@@ -39,18 +39,7 @@ struct Voters {
     const Part part(launch, work, unit, number);
     if (!part.votes()) return;
     const SaleCudaSelect& call = launch.call;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = part.row(lane / 4 + 8 * half);
-      thresholds[half] = call.thresholds[row];
-      const int8_t* source = call.query_codes + row * kDim + lane % 4 * 4;
-#pragma unroll
-      for (int step = 0; step < kDim / 32; ++step) {
-        codes[step][half] = *reinterpret_cast<const uint32_t*>(source + step * 32);
-        codes[step][half + 2] = *reinterpret_cast<const uint32_t*>(source + step * 32 + 16);
-      }
-    }
+    load_part<kDim>(call, part, codes, thresholds);
     selectable_end = Blocks(call.grid).selectable_end(part.index);
     words = call.words + part.block * call.mask_words;
   }

@@ -16,6 +16,7 @@
 //   named 2, 3: turns of warpgroup 0, 1; named 4, 5: all of warpgroup 0, 1, after a tail of values was zeroed
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 32 KiB + V 32 KiB); 224 KiB in all.
 #include "../mma.cuh"
+#include "../attend_work.cuh"
 #include "../layout.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
@@ -30,29 +31,11 @@ constexpr int kStages = 3;
 constexpr int kEdgeTiles = 2;
 constexpr int kAbsent = -1;
 constexpr float kNoMaximum = -1.0e30f;
-constexpr float kLn2 = 0.693147181f;
-constexpr float kLog2E = 1.44269504f;
 
 struct Launch {
   SaleCudaAttend call;
   CUtensorMap query, keys, values;
   int items;
-};
-
-struct Item {
-  int batch, head, kv_head, index;
-
-  // KV head by KV head, so that what is read at a time fits the L2 cache; in each, the longest rows first.
-  __device__ __forceinline__ Item(const SaleCudaGrid& grid, int query_blocks, int number) {
-    const int group = grid.heads / grid.kv_heads;
-    const int member = number % group;
-    number /= group;
-    index = query_blocks - 1 - number % query_blocks;
-    number /= query_blocks;
-    kv_head = number % grid.kv_heads;
-    batch = number / grid.kv_heads;
-    head = kv_head * group + member;
-  }
 };
 
 template <class T, int kDim, int kWarpgroups>
@@ -160,7 +143,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ const uint32_t* words_of(const Blocks& blocks, const Item& item) const {
-    return sale::cuda::words_of(launch.call, blocks, item.batch, item.head, item.index);
+    return sale::cuda::words_of(launch.call, blocks, item);
   }
 
   // Edge slots: diagonal blocks, the first `extra` others, then none; the rest of the list fills whole tiles.

@@ -15,6 +15,13 @@ ABI = 4
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether kernels and the copy engine can read it: rows contiguous, start and strides multiples of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    strides_fit = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
+    return strides_fit and tensor.data_ptr() % 16 == 0
+
+
 class Tokens(ctypes.Structure):
     """SaleCudaTokens: keys, values or codes, contiguous or paged."""
 

@@ -312,10 +312,8 @@ def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where the copy engine cannot read it: 16-byte strides and start, contiguous elements."""
-    unit = 16 // tensor.element_size()
-    fits = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
-    return tensor if fits and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
+    """`tensor`, or a copy where kernels cannot read it."""
+    return tensor if abi.is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:

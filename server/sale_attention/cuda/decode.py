@@ -22,7 +22,7 @@ def is_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 def covers(query: Tensor, kv: KvView) -> bool:
     """Whether the kernel runs this call: there is one, and rows start at multiples of 16 bytes."""
-    fits = kv.value_dim == kv.head_dim and kv.tokens < 2**31 and _aligned(kv.keys) and _aligned(kv.values)
+    fits = kv.value_dim == kv.head_dim and kv.tokens < 2**31 and abi.is_aligned(kv.keys) and abi.is_aligned(kv.values)
     return fits and is_available(query.device, query.dtype, kv.head_dim)
 
 
@@ -75,8 +75,3 @@ def splits_of(capacity: int, kv_heads: int) -> int:
     """
     least, most = _SPLITS
     return min(-(-capacity // _LEAST_CHUNK), max(least, min(most, _CHUNKS // kv_heads)))
-
-
-def _aligned(tensor: Tensor) -> bool:
-    strides_fit = tensor.stride(3) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
-    return strides_fit and tensor.data_ptr() % 16 == 0
