@@ -8,11 +8,14 @@ from . import cpu as _cpu  # registers the backends of this package
 from . import cuda as _cuda
 from . import reference as _reference
 from .attention import AttentionResult, attend
+from .audit import Audit, Tile, TileResult
 from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
 from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
 from .decode import DecodeStep, decode_attention, has_decode_kernel
+from .fingerprint import ModelFingerprint
 from .geometry import BlockGrid
 from .kv_view import KvView
+from .profile import Profile, ProfileError, load_profile, save_profile, shipped_profile
 from .quantise import KeyCodes, QueryCodes
 from .select import Selection
 from .state import LayerState
@@ -26,6 +29,7 @@ __all__ = [
     "AttentionRequest",
     "AttentionResult",
     "AttentionStatistics",
+    "Audit",
     "BlockGrid",
     "DecodeStep",
     "HeadPlan",
@@ -33,13 +37,21 @@ __all__ = [
     "KvView",
     "LayerPolicy",
     "LayerState",
+    "ModelFingerprint",
+    "Profile",
+    "ProfileError",
     "QueryCodes",
     "SaleConfig",
     "Selection",
+    "Tile",
+    "TileResult",
     "attend",
     "available_backends",
     "decode_attention",
     "get_backend",
     "has_decode_kernel",
+    "load_profile",
     "register_backend",
+    "save_profile",
+    "shipped_profile",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .audit import Audit
 from .backends import AUTO, AttentionBackend, AttentionRequest, get_backend
 from .config import HeadPlan, LayerPolicy, SaleConfig
 from .dense import dense_attention, dense_log_sum_exp
@@ -51,6 +52,7 @@ def attend(
     dense: bool = False,
     window: int | None = None,
     return_lse: bool = True,
+    audit: Audit | None = None,
 ) -> AttentionResult:
     """Causal attention of `query`, the last Nq positions of `kv`, by SALE (arXiv 2505.24179).
 
@@ -73,6 +75,7 @@ def attend(
         dense: run everything dense.
         window: sliding window in tokens, itself included; runs dense, since SALE's blocks know no window.
         return_lse: False leaves `lse` out, and saves a pass over the scores of dense rows.
+        audit: looks at what sparse rows came out as.
 
     Raises:
         ValueError: for tensors, policy or values that do not fit together, naming them.
@@ -94,6 +97,7 @@ def attend(
         layer=layer,
         backend=get_backend(backend, query.device),
         return_lse=return_lse,
+        audit=audit,
     )
     if dense or backend == "dense":
         return call.all_dense("requested", None, window)
@@ -118,6 +122,7 @@ class _Call:
     layer: int
     backend: AttentionBackend
     return_lse: bool
+    audit: Audit | None
 
     def unsupported(self, window: int | None) -> str | None:
         """Why this call cannot be sparse, if so."""
@@ -157,6 +162,8 @@ class _Call:
             self._attend_all(range(heads), slice(0, short_rows), kv, output, lse, "short")
         if short_rows < rows:
             self._sparse(slice(short_rows, rows), output, lse, joined)
+            if self.audit is not None:
+                self.audit.observe(self.layer, self.query, self.kv, output, lse, self.scale)
         return AttentionResult(output, lse if self.return_lse else None)
 
     def _joins_short_rows(self) -> bool:

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .attention import attend
+from .audit import Audit
 from .backends import AUTO
 from .config import LayerPolicy, SaleConfig
 from .decode import DecodeStep, decode_attention
@@ -50,6 +51,7 @@ class AttentionContext:
         statistics: where layers report their costs.
         on_layer: called with the layer's index after its attention; an exception it raises ends the forward pass.
         backend: name of the attention backend.
+        audit: looks at tiles of sparse rows; changes no result.
         decode: the pass is one decode step over caches that return all of their capacity; lengths are on the device.
     """
 
@@ -61,6 +63,7 @@ class AttentionContext:
     statistics: AttentionStatistics | None = None
     on_layer: Callable[[int], None] | None = None
     backend: str = AUTO
+    audit: Audit | None = None
     decode: DecodeStep | None = None
 
 
@@ -207,6 +210,7 @@ def _attend(
         dense=context.dense or (query.shape[2] == 1 and context is _DEFAULT_CONTEXT),
         window=window,
         return_lse=False,
+        audit=context.audit,
     )
     return result.output.transpose(1, 2).contiguous()
 
