@@ -89,6 +89,8 @@ def attention_options(attention: Attention) -> session_service_pb2.AttentionOpti
         message.threshold = attention.threshold
     if attention.query_stride is not None:
         message.query_stride = _count("attention.query_stride", attention.query_stride)
+    if attention.error_budget is not None:
+        message.error_budget = attention.error_budget
     return message
 
 

@@ -27,11 +27,20 @@ class Attention:
         mode: `"sale"` for sparse attention (arXiv 2505.24179), `"dense"`, or `"default"` for the server's choice.
         threshold: SALE threshold tau of every head, above 0 and at most 1; None takes the server's table.
         query_stride: estimate from every n-th query row (1, 2 or 4); None takes the server's table.
+        error_budget: most that attention may change predictions, in nats of divergence a token: the level of the
+            server's calibrated profile with the largest budget within it, dense where there is none. Not together with
+            threshold and query_stride. None takes the server's default.
     """
 
     mode: AttentionMode = "default"
     threshold: float | None = None
     query_stride: int | None = None
+    error_budget: float | None = None
+
+    @classmethod
+    def within(cls, error_budget: float) -> Attention:
+        """Sparse attention as far as the server's profile keeps within `error_budget`, else dense."""
+        return cls("sale", error_budget=error_budget)
 
     @classmethod
     def sale(cls, threshold: float | None = None, query_stride: int | None = None) -> Attention:

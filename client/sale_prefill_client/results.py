@@ -186,6 +186,7 @@ def attention_from_proto(message: session_service_pb2.AttentionOptions) -> Atten
         mode=_ATTENTION_MODES.get(message.mode, "default"),
         threshold=message.threshold if message.HasField("threshold") else None,
         query_stride=message.query_stride if message.HasField("query_stride") else None,
+        error_budget=message.error_budget if message.HasField("error_budget") else None,
     )
 
 
@@ -226,6 +227,92 @@ class DenseFallback:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileStats:
+    """Which settings of the server's calibrated profile a session has.
+
+    Args:
+        name: name of the profile.
+        digest: SHA-256 of its content, hexadecimal.
+        error_budget: of the level in use; 0 where the request's was below the least, and every head is dense.
+        expected_error: mean relative error of attention outputs, by row, that calibration measured at that level.
+        sparse_heads: heads (x layer) with a threshold.
+        streaming_heads: heads that attend to the first and the nearest keys only.
+        dense_heads: heads that attend to every key.
+    """
+
+    name: str
+    digest: str
+    error_budget: float
+    expected_error: float
+    sparse_heads: int
+    streaming_heads: int
+    dense_heads: int
+
+    @classmethod
+    def from_proto(cls, message: prefill_service_pb2.ProfileStats) -> ProfileStats:
+        """Read the message."""
+        return cls(
+            name=message.name,
+            digest=message.digest,
+            error_budget=message.error_budget,
+            expected_error=message.expected_error,
+            sparse_heads=message.sparse_heads,
+            streaming_heads=message.streaming_heads,
+            dense_heads=message.dense_heads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GuardAlert:
+    """A layer (`head` None) or head that loses more than calibration said; `dense`: from now on, in new sessions."""
+
+    layer: int
+    head: int | None
+    dense: bool
+    mean_error: float
+    expected_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardStats:
+    """Tiles (a query block of a head in a layer) that the server attended to densely once more.
+
+    Args:
+        num_tiles: tiles.
+        kept_mass: mean share of the attention mass that kept keys hold.
+        mean_error: mean relative error of attention outputs, by row.
+        max_error: the largest.
+        alerts: layers and heads that went over their limit.
+    """
+
+    num_tiles: int
+    kept_mass: float
+    mean_error: float
+    max_error: float
+    alerts: tuple[GuardAlert, ...]
+
+    @classmethod
+    def from_proto(cls, message: prefill_service_pb2.GuardStats) -> GuardStats:
+        """Read the message."""
+        return cls(
+            num_tiles=message.num_tiles,
+            kept_mass=message.kept_mass,
+            mean_error=message.mean_error,
+            max_error=message.max_error,
+            alerts=tuple(
+                GuardAlert(
+                    layer=alert.layer,
+                    head=alert.head if alert.HasField("head") else None,
+                    dense=alert.dense,
+                    mean_error=alert.mean_error,
+                    expected_error=alert.expected_error,
+                )
+                for alert in message.alerts
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillStats:
     """Where a prefill's time went and how sparse its attention was. estimation + attention + other = compute.
 
@@ -243,6 +330,9 @@ class PrefillStats:
         layers: the same by layer.
         dense_fallbacks: rows that took dense attention.
         attention_backend: backend that ran.
+        profile: what heads got from the calibrated profile; None where the session has a threshold of its own, or is
+            dense.
+        guard: what the live guard found; None where it did not look.
     """
 
     queue_seconds: float
@@ -258,6 +348,8 @@ class PrefillStats:
     layers: tuple[LayerStats, ...]
     dense_fallbacks: tuple[DenseFallback, ...]
     attention_backend: str
+    profile: ProfileStats | None
+    guard: GuardStats | None
 
     @property
     def sparsity(self) -> float:
@@ -292,6 +384,8 @@ class PrefillStats:
                 for entry in message.dense_fallbacks
             ),
             attention_backend=message.attention_backend,
+            profile=ProfileStats.from_proto(message.profile) if message.HasField("profile") else None,
+            guard=GuardStats.from_proto(message.guard) if message.HasField("guard") else None,
         )
 
 
@@ -485,6 +579,15 @@ class RenewResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileInfo:
+    """The calibrated profile in force: its name, the SHA-256 of its content, the error budgets of its levels."""
+
+    name: str
+    digest: str
+    error_budgets: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server is: model, native KV format, limits, defaults, device.
 
@@ -496,6 +599,7 @@ class ServerInfo:
         default_lease_seconds: lease of a session that asks for none; None where the server left it out.
         transports: transports offered for KV, such as `"grpc"`.
         max_top_logits: most logits or logprobs that a request may ask for at a position.
+        profile: the calibrated profile in force; None where there is none.
     """
 
     server_id: str
@@ -514,6 +618,7 @@ class ServerInfo:
     transports: tuple[str, ...]
     num_query_heads: int
     max_top_logits: int
+    profile: ProfileInfo | None
 
     @classmethod
     def from_proto(cls, message: server_service_pb2.GetServerInfoResponse) -> ServerInfo:
@@ -536,6 +641,11 @@ class ServerInfo:
             transports=tuple(_transport_name(number) for number in message.transports),
             num_query_heads=message.num_query_heads,
             max_top_logits=message.max_top_logits,
+            profile=(
+                ProfileInfo(message.profile.name, message.profile.digest, tuple(message.profile.error_budgets))
+                if message.HasField("profile")
+                else None
+            ),
         )
 
 

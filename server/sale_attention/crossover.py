@@ -10,6 +10,8 @@ and hardly to the machine, and a table gives every replica the same answer, howe
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .config import SaleConfig
@@ -24,6 +26,8 @@ _KEPT_TAU_EXPONENT = 0.32
 _KEPT_BY_STRIDE = {1: 1.0, 2: 0.88, 4: 0.77}
 
 _POSITION_STEP = 128
+#: Keys of a streaming row: sink, window, and half of its own block.
+_STREAMING_KEYS = 192
 #: A crossover that no prompt reaches.
 NEVER = 1 << 20
 
@@ -38,7 +42,9 @@ class AttentionCosts:
     row_seconds: float
 
     def sparse_row_seconds(self, position: int, tau: float, query_stride: int) -> float:
-        """What a row at `position` is expected to cost if it is sparse."""
+        """What a row at `position` is expected to cost if it is sparse, or streaming (tau infinite)."""
+        if math.isinf(tau):
+            return self.row_seconds + min(position, _STREAMING_KEYS) * self.compute_pair_seconds
         kept = expected_density(position, tau, query_stride)
         pairs = self.estimate_pair_seconds / query_stride + kept * self.compute_pair_seconds
         return self.row_seconds + position * pairs
@@ -55,9 +61,16 @@ def crossover_position(costs: AttentionCosts, tau: float, query_stride: int, con
 
     At least `config.dense_rows`, before which the key centre is not known; `NEVER` where sparse rows do not pay.
     """
+    return crossover_of_heads(costs, [(tau, query_stride)], config)
+
+
+def crossover_of_heads(costs: AttentionCosts, heads: Iterable[tuple[float, int]], config: SaleConfig) -> int:
+    """The same for heads with thresholds and strides of their own, all together; dense heads (tau 0) do not matter."""
+    counted = Counter(head for head in heads if head[0] > 0)
     position = -(-config.dense_rows // _POSITION_STEP) * _POSITION_STEP
-    while position < NEVER:
-        if costs.sparse_row_seconds(position, tau, query_stride) < position * costs.dense_pair_seconds:
+    while counted and position < NEVER:
+        sparse = sum(n * costs.sparse_row_seconds(position, *head) for head, n in counted.items())
+        if sparse < counted.total() * position * costs.dense_pair_seconds:
             return position
         position += max(_POSITION_STEP, position // 8 // _POSITION_STEP * _POSITION_STEP)
     return NEVER

@@ -23,7 +23,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from sale_attention import SaleConfig, get_backend
+from sale_attention import (
+    ModelFingerprint,
+    Profile,
+    ProfileError,
+    SaleConfig,
+    get_backend,
+    load_profile,
+    shipped_profile,
+)
 from sale_prefill.v1 import (
     kv_transfer_service_pb2,
     kv_transfer_service_pb2_grpc,
@@ -37,10 +45,11 @@ from sale_prefill.v1 import (
 from sale_prefill_client._version import __version__
 from sale_prefill_server.config import ConfigError, ServerConfig
 from sale_prefill_server.engine.engine import Engine
+from sale_prefill_server.engine.guard import Guard, GuardReport, GuardSettings
 from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
 from sale_prefill_server.errors import PrefillError, Reason
-from sale_prefill_server.events import EventBus
+from sale_prefill_server.events import EventBus, GuardLooked
 from sale_prefill_server.kv.pool import KvPool
 from sale_prefill_server.models import resolve_model
 from sale_prefill_server.models.tokenizer_files import find_tokenizer_files
@@ -178,18 +187,33 @@ class Server:
             raise ConfigError(f"attention_backend = {config.attention_backend!r}: {error}") from error
         model = _with_context_limit(self._load_model(config), config.max_sequence_tokens)
         capacity_bytes = config.kv_memory_bytes or _automatic_kv_bytes(model)
+        profile = _profile(config, model)
         geometry = SaleConfig(query_block=get_backend(config.attention_backend, model.device).query_block)
         engine = Engine(
             model,
             KvPool(model.kv_shape, capacity_bytes),
-            AttentionSettings(AttentionMode(config.attention), config.threshold, config.query_stride),
+            AttentionSettings(
+                AttentionMode(config.attention),
+                config.threshold,
+                config.query_stride,
+                None if profile is None else profile.levels[profile.default_level].error_budget,
+            ),
             replace(geometry, dense_rows=config.dense_rows) if config.dense_rows else geometry,
             chunk_tokens=config.chunk_tokens or _CHUNK_TOKENS.get(model.device.type, _CHUNK_TOKENS["cpu"]),
             attention_backend=config.attention_backend,
             crossover=not config.dense_rows,
+            profile=profile,
+            guard=self._guard(profile),
         )
         self._log_start(engine, engine.warm_up())
         return _Service(engine, SessionManager(self._events), Scheduler())
+
+    def _guard(self, profile: Profile | None) -> Guard | None:
+        config = self.config
+        if not config.guard_share:
+            return None
+        settings = GuardSettings(config.guard_share, config.guard_policy == "fallback")
+        return Guard(settings, profile, lambda report: self._events.emit(_guard_event(report)))
 
     def _log_start(self, engine: Engine, warm_up_seconds: float) -> None:
         if engine.kernel_fallback is not None:
@@ -197,6 +221,9 @@ class Server:
         crossover = engine.crossover(engine.defaults)
         logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
         logger.info("chunks of %d tokens", engine.chunk_tokens)
+        if engine.profile is not None:
+            budget = engine.defaults.error_budget
+            logger.info("profile %s (%.12s), error budget %s", engine.profile.name, engine.profile.digest, budget)
         logger.info("attention by %s; rows before position %d run dense", engine.attention_backend, crossover)
 
     def _connect(self, service: _Service) -> None:
@@ -211,7 +238,14 @@ class Server:
             max_queued_requests=config.max_queued_requests,
             request_retention_seconds=config.request_retention_seconds,
         )
-        converter = Converter(engine.model, self.server_id, engine.defaults, retention, config.max_lease_seconds)
+        converter = Converter(
+            engine.model,
+            self.server_id,
+            engine.defaults,
+            retention,
+            config.max_lease_seconds,
+            engine.profile is not None,
+        )
         parts = (
             PrefillServicer(admission, converter),
             SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
@@ -244,6 +278,7 @@ class Server:
         at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
         for state in SessionState:
             at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
+        metrics.start_layers_at_zero(engine.model.kv_shape.num_layers)
         metrics.start_time.set_to_current_time()
         metrics.build_info.labels(__version__, str(engine.model.device), engine.attention_backend).set(1)
         metrics.ready.set(1)
@@ -328,6 +363,28 @@ def _port_in_use(setting: str, host: str, port: int) -> PortInUseError:
 
 def _count(manager: SessionManager, state: SessionState) -> float:
     return manager.states()[state]
+
+
+def _profile(config: ServerConfig, model: LoadedModel) -> Profile | None:
+    if config.profile == "none" or (config.profile == "auto" and not config.wants_shipped_profile):
+        return None
+    fingerprint = ModelFingerprint.of(model.module)
+    if config.profile == "auto":
+        return shipped_profile(fingerprint)
+    try:
+        profile = load_profile(Path(config.profile))
+        profile.check_fits(fingerprint)
+    except ProfileError as error:
+        raise ConfigError(f"profile = {config.profile!r}: {error}") from error
+    return profile
+
+
+def _guard_event(report: GuardReport) -> GuardLooked:
+    return GuardLooked(
+        tuple(found.kept_mass for found in report.tiles),
+        tuple(found.mean_error for found in report.tiles),
+        tuple((alert.layer, alert.dense) for alert in report.alerts),
+    )
 
 
 def _configured_model(config: ServerConfig) -> LoadedModel:

@@ -40,8 +40,18 @@ class ServerConfig:
     threads: int = _setting(0, "CPU threads for the model; 0 leaves torch's choice", minimum=0)
     attention: str = _setting("sale", "attention of a session that asks for none", choices=("sale", "dense"))
     attention_backend: str = _setting("auto", "attention backend by name; auto takes the fastest that works here")
-    threshold: float = _setting(0.004, "SALE threshold tau of a session that asks for none", minimum=0)
-    query_stride: int = _setting(1, "estimate from every n-th query row: 1, 2 or 4", minimum=1)
+    profile: str = _setting(
+        "auto",
+        "calibrated profile: a file, none, or auto for one that comes with this package and belongs to the model",
+    )
+    threshold: float = _setting(
+        0.004, "SALE threshold tau of a session that asks for none, without a profile", minimum=0
+    )
+    query_stride: int = _setting(1, "estimate from every n-th query row: 1, 2 or 4; without a profile", minimum=1)
+    guard_share: float = _setting(0.1, "share of prefills of which the guard recomputes some attention", minimum=0)
+    guard_policy: str = _setting(
+        "fallback", "a head that loses more than calibrated: dense, or only told", choices=("fallback", "alert")
+    )
     dense_rows: int = _setting(
         0, "query rows before this position take dense attention; 0: up to where sparse is expected to pay", minimum=0
     )
@@ -72,11 +82,22 @@ class ServerConfig:
             raise ConfigError(
                 f"threshold = {self.threshold}: must be above 0 and at most 1; dense is attention = 'dense'"
             )
+        if self.profile not in ("auto", "none") and (self.threshold, self.query_stride) != _UNIFORM:
+            raise ConfigError(
+                f"profile = {self.profile!r} and a threshold or query_stride: say one; a profile has its own by head"
+            )
+        if self.guard_share > 1:
+            raise ConfigError(f"guard_share = {self.guard_share}: must be 0 to 1")
         if not self.allow_insecure_remote and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(
                 f"host = {self.host!r} is reachable from other machines, and this server has no TLS: bind to 127.0.0.1 "
                 "behind a proxy that has, or say --allow-insecure-remote"
             )
+
+    @property
+    def wants_shipped_profile(self) -> bool:
+        """Whether a profile that comes with the package may be used: nobody said what heads should do."""
+        return self.profile == "auto" and (self.threshold, self.query_stride) == _UNIFORM
 
     @property
     def kv_memory_bytes(self) -> int | None:
@@ -86,6 +107,10 @@ class ServerConfig:
     def describe(self) -> str:
         """One `name = value` line a setting, as TOML; printed at start."""
         return "\n".join(f"{item.name} = {_toml(getattr(self, item.name))}" for item in dataclasses.fields(self))
+
+
+#: Threshold and query stride where nobody says otherwise.
+_UNIFORM = (ServerConfig.threshold, ServerConfig.query_stride)
 
 
 def _toml(value: object) -> str:

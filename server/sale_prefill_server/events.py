@@ -49,6 +49,18 @@ class RequestFinished:
 
 
 @dataclass(frozen=True)
+class GuardLooked:
+    """The guard recomputed tiles of a prefill: kept attention mass and mean relative row error of each.
+
+    `alerts` holds one (layer, fell back to dense) for every layer or head that went over its limit.
+    """
+
+    kept_masses: tuple[float, ...]
+    mean_errors: tuple[float, ...]
+    alerts: tuple[tuple[int, bool], ...] = ()
+
+
+@dataclass(frozen=True)
 class FirstToken:
     """A decode sent its first token, this long after admission."""
 
@@ -106,6 +118,7 @@ class RpcHandled:
 Event = (
     PrefillChunkDone
     | RequestFinished
+    | GuardLooked
     | FirstToken
     | SessionChanged
     | LeaseRenewed

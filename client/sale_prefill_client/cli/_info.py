@@ -52,6 +52,7 @@ def _facts(info: ServerInfo) -> list[tuple[str, str]]:
         ("context", f"{info.max_sequence_tokens} tokens"),
         ("vocabulary", f"{info.vocabulary_size} tokens, end of sequence {', '.join(map(str, info.eos_token_ids))}"),
         ("attention", f"{info.default_attention.mode} where a request names none"),
+        ("profile", _profile(info)),
         ("lease", f"{seconds(info.default_lease_seconds)} where a request names none"),
         ("messages", f"up to {size(info.max_message_bytes)}"),
     ]
@@ -60,6 +61,13 @@ def _facts(info: ServerInfo) -> list[tuple[str, str]]:
         shape = f"{spec.num_layers} layers x {spec.num_kv_heads} heads x {spec.head_dim}, {spec.element_type}"
         facts.append(("KV", f"{shape}: {size(2 * spec.num_layers * spec.layer_token_bytes)} a token"))
     return facts
+
+
+def _profile(info: ServerInfo) -> str:
+    if info.profile is None:
+        return "none"
+    budgets = ", ".join(f"{budget:g}" for budget in info.profile.error_budgets)
+    return f"{info.profile.name} ({info.profile.digest[:12]}), error budgets {budgets}"
 
 
 def _load_facts(load: Load) -> list[tuple[str, str]]:

@@ -46,6 +46,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     group.add_argument("--attention", choices=("sale", "dense"), help="method; the server's default where left out")
     group.add_argument("--threshold", metavar="TAU", type=float, help="SALE threshold, above 0 and at most 1")
     group.add_argument("--query-stride", metavar="N", type=int, help="estimate from every n-th query row: 1, 2 or 4")
+    group.add_argument(
+        "--error-budget",
+        metavar="NATS",
+        type=float,
+        help="most that attention may change predictions, by the server's profile; dense where that is too much",
+    )
     parser.add_argument("--top", metavar="N", type=int, help="logits of the last position to return")
     parser.add_argument("--layers", action="store_true", help="print the density of each layer")
     add_progress_argument(parser)
@@ -53,9 +59,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _attention(arguments: argparse.Namespace) -> Attention | None:
-    if arguments.attention is None and arguments.threshold is None and arguments.query_stride is None:
+    asked = (arguments.threshold, arguments.query_stride, arguments.error_budget)
+    if arguments.attention is None and asked == (None, None, None):
         return None
-    return Attention(arguments.attention or "sale", arguments.threshold, arguments.query_stride)
+    return Attention(arguments.attention or "sale", *asked)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,6 +117,16 @@ def _report(result: PrefillResult, *, with_layers: bool) -> None:
         ("sparsity", f"{stats.sparsity:.1%} of the causal blocks skipped"),
         ("KV", f"{size(session.size_bytes)}, lease {seconds(session.remaining_lease_seconds)}"),
     ]
+    if stats.profile is not None:
+        used = stats.profile
+        heads = f"{used.sparse_heads} sparse, {used.streaming_heads} streaming, {used.dense_heads} dense heads"
+        facts.append(("profile", f"{used.name}, error budget {used.error_budget:g}: {heads}"))
+    if stats.guard is not None:
+        seen = stats.guard
+        alerts = f", {len(seen.alerts)} alerts" if seen.alerts else ""
+        facts.append(
+            ("guard", f"{seen.num_tiles} tiles, kept mass {seen.kept_mass:.4f}, error {seen.mean_error:.4f}{alerts}")
+        )
     best = [f"{entry.token_id} ({entry.logprob:.2f})" for entry in result.top_logits[:5]]
     if best:
         facts.append(("next tokens", ", ".join(best)))

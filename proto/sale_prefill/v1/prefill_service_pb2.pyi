@@ -134,7 +134,7 @@ class TokenLogit(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logit: _Optional[float] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class PrefillStats(_message.Message):
-    __slots__ = ("queue_duration", "compute_duration", "estimation_duration", "attention_duration", "other_duration", "computed_tokens", "cached_tokens", "computed_blocks", "causal_blocks", "density", "layers", "dense_fallbacks", "attention_backend")
+    __slots__ = ("queue_duration", "compute_duration", "estimation_duration", "attention_duration", "other_duration", "computed_tokens", "cached_tokens", "computed_blocks", "causal_blocks", "density", "layers", "dense_fallbacks", "attention_backend", "profile", "guard")
     QUEUE_DURATION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DURATION_FIELD_NUMBER: _ClassVar[int]
     ESTIMATION_DURATION_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,8 @@ class PrefillStats(_message.Message):
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_BACKEND_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
     queue_duration: _duration_pb2.Duration
     compute_duration: _duration_pb2.Duration
     estimation_duration: _duration_pb2.Duration
@@ -161,7 +163,55 @@ class PrefillStats(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
     dense_fallbacks: _containers.RepeatedCompositeFieldContainer[DenseFallback]
     attention_backend: str
-    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., estimation_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attention_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., other_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_blocks: _Optional[int] = ..., causal_blocks: _Optional[int] = ..., density: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., dense_fallbacks: _Optional[_Iterable[_Union[DenseFallback, _Mapping]]] = ..., attention_backend: _Optional[str] = ...) -> None: ...
+    profile: ProfileStats
+    guard: GuardStats
+    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., estimation_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attention_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., other_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_blocks: _Optional[int] = ..., causal_blocks: _Optional[int] = ..., density: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., dense_fallbacks: _Optional[_Iterable[_Union[DenseFallback, _Mapping]]] = ..., attention_backend: _Optional[str] = ..., profile: _Optional[_Union[ProfileStats, _Mapping]] = ..., guard: _Optional[_Union[GuardStats, _Mapping]] = ...) -> None: ...
+
+class ProfileStats(_message.Message):
+    __slots__ = ("name", "digest", "error_budget", "expected_error", "sparse_heads", "streaming_heads", "dense_heads")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_HEADS_FIELD_NUMBER: _ClassVar[int]
+    STREAMING_HEADS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    error_budget: float
+    expected_error: float
+    sparse_heads: int
+    streaming_heads: int
+    dense_heads: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., error_budget: _Optional[float] = ..., expected_error: _Optional[float] = ..., sparse_heads: _Optional[int] = ..., streaming_heads: _Optional[int] = ..., dense_heads: _Optional[int] = ...) -> None: ...
+
+class GuardStats(_message.Message):
+    __slots__ = ("num_tiles", "kept_mass", "mean_error", "max_error", "alerts")
+    NUM_TILES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ALERTS_FIELD_NUMBER: _ClassVar[int]
+    num_tiles: int
+    kept_mass: float
+    mean_error: float
+    max_error: float
+    alerts: _containers.RepeatedCompositeFieldContainer[GuardAlert]
+    def __init__(self, num_tiles: _Optional[int] = ..., kept_mass: _Optional[float] = ..., mean_error: _Optional[float] = ..., max_error: _Optional[float] = ..., alerts: _Optional[_Iterable[_Union[GuardAlert, _Mapping]]] = ...) -> None: ...
+
+class GuardAlert(_message.Message):
+    __slots__ = ("layer", "head", "dense", "mean_error", "expected_error")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    head: int
+    dense: bool
+    mean_error: float
+    expected_error: float
+    def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ..., dense: _Optional[bool] = ..., mean_error: _Optional[float] = ..., expected_error: _Optional[float] = ...) -> None: ...
 
 class LayerStats(_message.Message):
     __slots__ = ("computed_blocks", "causal_blocks", "head_densities")

@@ -17,7 +17,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_id", "server_version", "model_name", "kv_spec", "max_sequence_tokens", "max_message_bytes", "vocabulary_size", "eos_token_ids", "default_attention", "default_retention", "device", "attention_backend", "transports", "num_query_heads", "max_top_logits")
+    __slots__ = ("server_id", "server_version", "model_name", "kv_spec", "max_sequence_tokens", "max_message_bytes", "vocabulary_size", "eos_token_ids", "default_attention", "default_retention", "device", "attention_backend", "transports", "num_query_heads", "max_top_logits", "profile")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class GetServerInfoResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     NUM_QUERY_HEADS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOP_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     server_version: str
     model_name: str
@@ -48,7 +49,18 @@ class GetServerInfoResponse(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[_kv_transfer_service_pb2.Transport]
     num_query_heads: int
     max_top_logits: int
-    def __init__(self, server_id: _Optional[str] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., max_sequence_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., default_retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_transfer_service_pb2.Transport, str]]] = ..., num_query_heads: _Optional[int] = ..., max_top_logits: _Optional[int] = ...) -> None: ...
+    profile: ProfileInfo
+    def __init__(self, server_id: _Optional[str] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., max_sequence_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., default_retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_transfer_service_pb2.Transport, str]]] = ..., num_query_heads: _Optional[int] = ..., max_top_logits: _Optional[int] = ..., profile: _Optional[_Union[ProfileInfo, _Mapping]] = ...) -> None: ...
+
+class ProfileInfo(_message.Message):
+    __slots__ = ("name", "digest", "error_budgets")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    error_budgets: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., error_budgets: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

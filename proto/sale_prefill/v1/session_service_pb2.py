@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sale_prefill.v1 import kv_pb2 as sale__prefill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sale_prefill/v1/session_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sale_prefill/v1/kv.proto\"\xc9\x04\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.sale_prefill.v1.SessionState\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12(\n\x07kv_spec\x18\x05 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x18remaining_lease_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\n \x01(\x04\x12\x14\n\x0ctoken_digest\x18\x0b \x01(\x0c\x12\x33\n\tretention\x18\x0c \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x34\n\tattention\x18\r \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x34\n\x06labels\x18\x0e \x03(\x0b\x32$.sale_prefill.v1.Session.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"U\n\x0fRetentionPolicy\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07sliding\x18\x02 \x01(\x08\"\x92\x01\n\x10\x41ttentionOptions\x12,\n\x04mode\x18\x01 \x01(\x0e\x32\x1e.sale_prefill.v1.AttentionMode\x12\x16\n\tthreshold\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cquery_stride\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x0c\n\n_thresholdB\x0f\n\r_query_stride\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"?\n\x12GetSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x14ListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.sale_prefill.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"]\n\x13RenewSessionRequest\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\x14RenewSessionResponse\x12)\n\x07renewed\x18\x01 \x03(\x0b\x32\x18.sale_prefill.v1.Session\x12\x1b\n\x13missing_session_ids\x18\x02 \x03(\t\"r\n\x14UpdateSessionRequest\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"B\n\x15UpdateSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"\x89\x01\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x33\n\tretention\x18\x04 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\"@\n\x13\x46orkSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"P\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\",\n\x15\x44\x65leteSessionResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04*y\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_BUSY\x10\x01\x12\x19\n\x15SESSION_STATE_PARTIAL\x10\x02\x12\x17\n\x13SESSION_STATE_READY\x10\x03*b\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41TTENTION_MODE_SALE\x10\x01\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x02\x32\xbb\x04\n\x0eSessionService\x12U\n\nGetSession\x12\".sale_prefill.v1.GetSessionRequest\x1a#.sale_prefill.v1.GetSessionResponse\x12[\n\x0cListSessions\x12$.sale_prefill.v1.ListSessionsRequest\x1a%.sale_prefill.v1.ListSessionsResponse\x12[\n\x0cRenewSession\x12$.sale_prefill.v1.RenewSessionRequest\x1a%.sale_prefill.v1.RenewSessionResponse\x12^\n\rUpdateSession\x12%.sale_prefill.v1.UpdateSessionRequest\x1a&.sale_prefill.v1.UpdateSessionResponse\x12X\n\x0b\x46orkSession\x12#.sale_prefill.v1.ForkSessionRequest\x1a$.sale_prefill.v1.ForkSessionResponse\x12^\n\rDeleteSession\x12%.sale_prefill.v1.DeleteSessionRequest\x1a&.sale_prefill.v1.DeleteSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sale_prefill/v1/session_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sale_prefill/v1/kv.proto\"\xc9\x04\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.sale_prefill.v1.SessionState\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12(\n\x07kv_spec\x18\x05 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x18remaining_lease_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\n \x01(\x04\x12\x14\n\x0ctoken_digest\x18\x0b \x01(\x0c\x12\x33\n\tretention\x18\x0c \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x34\n\tattention\x18\r \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x34\n\x06labels\x18\x0e \x03(\x0b\x32$.sale_prefill.v1.Session.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"U\n\x0fRetentionPolicy\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07sliding\x18\x02 \x01(\x08\"\xbe\x01\n\x10\x41ttentionOptions\x12,\n\x04mode\x18\x01 \x01(\x0e\x32\x1e.sale_prefill.v1.AttentionMode\x12\x16\n\tthreshold\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cquery_stride\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0c\x65rror_budget\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_thresholdB\x0f\n\r_query_strideB\x0f\n\r_error_budget\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"?\n\x12GetSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x14ListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.sale_prefill.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"]\n\x13RenewSessionRequest\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\x14RenewSessionResponse\x12)\n\x07renewed\x18\x01 \x03(\x0b\x32\x18.sale_prefill.v1.Session\x12\x1b\n\x13missing_session_ids\x18\x02 \x03(\t\"r\n\x14UpdateSessionRequest\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"B\n\x15UpdateSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"\x89\x01\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x33\n\tretention\x18\x04 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\"@\n\x13\x46orkSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"P\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\",\n\x15\x44\x65leteSessionResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04*y\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_BUSY\x10\x01\x12\x19\n\x15SESSION_STATE_PARTIAL\x10\x02\x12\x17\n\x13SESSION_STATE_READY\x10\x03*b\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41TTENTION_MODE_SALE\x10\x01\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x02\x32\xbb\x04\n\x0eSessionService\x12U\n\nGetSession\x12\".sale_prefill.v1.GetSessionRequest\x1a#.sale_prefill.v1.GetSessionResponse\x12[\n\x0cListSessions\x12$.sale_prefill.v1.ListSessionsRequest\x1a%.sale_prefill.v1.ListSessionsResponse\x12[\n\x0cRenewSession\x12$.sale_prefill.v1.RenewSessionRequest\x1a%.sale_prefill.v1.RenewSessionResponse\x12^\n\rUpdateSession\x12%.sale_prefill.v1.UpdateSessionRequest\x1a&.sale_prefill.v1.UpdateSessionResponse\x12X\n\x0b\x46orkSession\x12#.sale_prefill.v1.ForkSessionRequest\x1a$.sale_prefill.v1.ForkSessionResponse\x12^\n\rDeleteSession\x12%.sale_prefill.v1.DeleteSessionRequest\x1a&.sale_prefill.v1.DeleteSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION_LABELSENTRY']._loaded_options = None
   _globals['_SESSION_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_SESSIONSTATE']._serialized_start=1977
-  _globals['_SESSIONSTATE']._serialized_end=2098
-  _globals['_ATTENTIONMODE']._serialized_start=2100
-  _globals['_ATTENTIONMODE']._serialized_end=2198
+  _globals['_SESSIONSTATE']._serialized_start=2021
+  _globals['_SESSIONSTATE']._serialized_end=2142
+  _globals['_ATTENTIONMODE']._serialized_start=2144
+  _globals['_ATTENTIONMODE']._serialized_end=2242
   _globals['_SESSION']._serialized_start=184
   _globals['_SESSION']._serialized_end=769
   _globals['_SESSION_LABELSENTRY']._serialized_start=724
@@ -48,31 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETENTIONPOLICY']._serialized_start=771
   _globals['_RETENTIONPOLICY']._serialized_end=856
   _globals['_ATTENTIONOPTIONS']._serialized_start=859
-  _globals['_ATTENTIONOPTIONS']._serialized_end=1005
-  _globals['_GETSESSIONREQUEST']._serialized_start=1007
-  _globals['_GETSESSIONREQUEST']._serialized_end=1046
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1048
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1111
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1113
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1173
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1175
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1266
-  _globals['_RENEWSESSIONREQUEST']._serialized_start=1268
-  _globals['_RENEWSESSIONREQUEST']._serialized_end=1361
-  _globals['_RENEWSESSIONRESPONSE']._serialized_start=1363
-  _globals['_RENEWSESSIONRESPONSE']._serialized_end=1457
-  _globals['_UPDATESESSIONREQUEST']._serialized_start=1459
-  _globals['_UPDATESESSIONREQUEST']._serialized_end=1573
-  _globals['_UPDATESESSIONRESPONSE']._serialized_start=1575
-  _globals['_UPDATESESSIONRESPONSE']._serialized_end=1641
-  _globals['_FORKSESSIONREQUEST']._serialized_start=1644
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1781
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=1783
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=1847
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1849
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1929
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1931
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1975
-  _globals['_SESSIONSERVICE']._serialized_start=2201
-  _globals['_SESSIONSERVICE']._serialized_end=2772
+  _globals['_ATTENTIONOPTIONS']._serialized_end=1049
+  _globals['_GETSESSIONREQUEST']._serialized_start=1051
+  _globals['_GETSESSIONREQUEST']._serialized_end=1090
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1092
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1155
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1157
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1217
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1219
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1310
+  _globals['_RENEWSESSIONREQUEST']._serialized_start=1312
+  _globals['_RENEWSESSIONREQUEST']._serialized_end=1405
+  _globals['_RENEWSESSIONRESPONSE']._serialized_start=1407
+  _globals['_RENEWSESSIONRESPONSE']._serialized_end=1501
+  _globals['_UPDATESESSIONREQUEST']._serialized_start=1503
+  _globals['_UPDATESESSIONREQUEST']._serialized_end=1617
+  _globals['_UPDATESESSIONRESPONSE']._serialized_start=1619
+  _globals['_UPDATESESSIONRESPONSE']._serialized_end=1685
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1688
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1825
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1827
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=1891
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1893
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1973
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1975
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=2019
+  _globals['_SESSIONSERVICE']._serialized_start=2245
+  _globals['_SESSIONSERVICE']._serialized_end=2816
 # @@protoc_insertion_point(module_scope)

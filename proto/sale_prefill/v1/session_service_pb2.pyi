@@ -81,14 +81,16 @@ class RetentionPolicy(_message.Message):
     def __init__(self, lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sliding: _Optional[bool] = ...) -> None: ...
 
 class AttentionOptions(_message.Message):
-    __slots__ = ("mode", "threshold", "query_stride")
+    __slots__ = ("mode", "threshold", "query_stride", "error_budget")
     MODE_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     QUERY_STRIDE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BUDGET_FIELD_NUMBER: _ClassVar[int]
     mode: AttentionMode
     threshold: float
     query_stride: int
-    def __init__(self, mode: _Optional[_Union[AttentionMode, str]] = ..., threshold: _Optional[float] = ..., query_stride: _Optional[int] = ...) -> None: ...
+    error_budget: float
+    def __init__(self, mode: _Optional[_Union[AttentionMode, str]] = ..., threshold: _Optional[float] = ..., query_stride: _Optional[int] = ..., error_budget: _Optional[float] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)

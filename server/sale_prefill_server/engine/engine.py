@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
-from sale_attention.crossover import NEVER, costs_of, crossover_position
+from sale_attention import AttentionStatistics, Audit, LayerPolicy, Profile, SaleConfig, get_backend
+from sale_attention.crossover import NEVER, costs_of, crossover_of_heads
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.decode import GraphDecoder
+from sale_prefill_server.engine.guard import Guard, GuardReport
 from sale_prefill_server.engine.model import LoadedModel
+from sale_prefill_server.engine.report import ProfileReport
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.kv.pool import KvPool
 
@@ -33,6 +35,8 @@ class Engine:
         attention_backend: name of the backend that runs SALE, or "auto".
         crossover: let each session's rows take dense attention up to where sparse is expected to pay; else up to
             `config.dense_rows`.
+        profile: what heads do in sessions with an error budget.
+        guard: looks at what some requests lost.
         decode_graphs: decode by CUDA graphs on a CUDA device; a model that cannot is decoded launch by launch.
     """
 
@@ -46,6 +50,8 @@ class Engine:
         chunk_tokens: int,
         attention_backend: str,
         crossover: bool = False,
+        profile: Profile | None = None,
+        guard: Guard | None = None,
         decode_graphs: bool = True,
     ) -> None:
         self.model = model
@@ -53,6 +59,8 @@ class Engine:
         self.defaults = defaults
         self.config = config
         self.chunk_tokens = chunk_tokens
+        self.profile = profile
+        self.guard = guard
         self._backend_name = attention_backend
         self._backend = get_backend(attention_backend, model.device)
         self._has_crossover = crossover
@@ -73,18 +81,76 @@ class Engine:
 
     def open(self, settings: AttentionSettings) -> Sequence:
         """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life."""
-        policy = LayerPolicy.uniform(
-            self.model.num_query_heads, tau=settings.threshold, query_stride=settings.query_stride
-        )
+        policies = self._policies(settings)
+        if self.guard is not None:
+            policies = self.guard.adjusted(policies)
         config = replace(self.config, dense_rows=self.crossover(settings))
-        return Sequence(self.pool.create(), settings, config, [policy] * self.model.kv_shape.num_layers)
+        return Sequence(self.pool.create(), settings, config, policies, self.level(settings))
+
+    def level(self, settings: AttentionSettings) -> int | None:
+        """The profile's level that `settings` get; None for a threshold of their own, or a budget below the least.
+
+        Raises:
+            ValueError: an error budget where there is no profile.
+        """
+        if settings.mode is AttentionMode.DENSE or settings.error_budget is None:
+            return None
+        if self.profile is None:
+            raise ValueError(f"error_budget={settings.error_budget} needs a profile, and this engine has none")
+        return self.profile.level_for(settings.error_budget)
+
+    def _policies(self, settings: AttentionSettings) -> list[LayerPolicy]:
+        level = self.level(settings)
+        if level is not None and self.profile is not None:
+            return self.profile.policies(level)
+        policy = LayerPolicy.uniform(self.model.num_query_heads, settings.threshold, settings.query_stride)
+        return [policy] * self.model.kv_shape.num_layers
 
     def crossover(self, settings: AttentionSettings) -> int:
         """Row position from which a session with `settings` is sparse."""
+        if settings.error_budget is not None and self.level(settings) is None:
+            return NEVER
         if not self._has_crossover:
             return self.config.dense_rows
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
-        return crossover_position(costs, settings.threshold, settings.query_stride, self.config)
+        heads = [
+            head
+            for policy in self._policies(settings)
+            for head in zip(policy.tau.tolist(), policy.query_stride.tolist(), strict=True)
+        ]
+        return crossover_of_heads(costs, heads, self.config)
+
+    def profile_report(self, sequence: Sequence) -> ProfileReport | None:
+        """What the sequence got from the profile; None where it asked for none."""
+        budget = sequence.settings.error_budget
+        if self.profile is None or budget is None or sequence.settings.mode is AttentionMode.DENSE:
+            return None
+        heads = self.model.num_query_heads * self.model.kv_shape.num_layers
+        if sequence.level is None:
+            return ProfileReport(self.profile.name, self.profile.digest, 0.0, 0.0, 0, 0, heads)
+        level = self.profile.levels[sequence.level]
+        taus = torch.cat([policy.tau for policy in sequence.policies])
+        dense, streaming = int((taus == 0).sum()), int(taus.isinf().sum())
+        return ProfileReport(
+            self.profile.name,
+            self.profile.digest,
+            level.error_budget,
+            level.mean_error,
+            heads - dense - streaming,
+            streaming,
+            dense,
+        )
+
+    def begin_audit(self, sequence: Sequence, start: int, end: int) -> Audit | None:
+        """The guard's part in a request that prefills positions `[start, end)`; None for most."""
+        if self.guard is None or sequence.settings.mode is AttentionMode.DENSE:
+            return None
+        start = max(start, sequence.config.dense_rows)
+        return self.guard.begin(sequence.policies, sequence.config.query_block, start, end)
+
+    def finish_audit(self, sequence: Sequence, audit: Audit) -> GuardReport | None:
+        """What the guard makes of it; waits for the device."""
+        return None if self.guard is None else self.guard.finish(audit, sequence.level)
 
     def next_boundary(self, position: int, end: int) -> int:
         """Where the chunk that starts at `position` ends."""
@@ -103,6 +169,7 @@ class Engine:
         prompt_end: int,
         statistics: AttentionStatistics,
         on_layer: Callable[[int], None] | None = None,
+        audit: Audit | None = None,
     ) -> torch.Tensor:
         """Appends `token_ids` to the sequence.
 
@@ -112,6 +179,7 @@ class Engine:
             prompt_end: position one past the last token of the whole request.
             statistics: what attention did is added here.
             on_layer: called after each layer's attention with its index; may raise to stop.
+            audit: from `begin_audit`.
 
         Returns:
             Logits [vocabulary_size] float32 of the last position, on the CPU.
@@ -125,6 +193,7 @@ class Engine:
             statistics=statistics,
             on_layer=on_layer,
             backend=self._backend_name,
+            audit=audit,
         )
         with attention_context(context):
             return self._forward(sequence, token_ids)

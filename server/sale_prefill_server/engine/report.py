@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sale_attention import AttentionStatistics
+from sale_prefill_server.engine.guard import GuardReport
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class ProfileReport:
+    """What a session got from the profile: its level's budget and expected mean relative row error, heads by strategy.
+
+    Without a level, where the caller's budget is below the least, every head is dense.
+    """
+
+    name: str
+    digest: str
+    error_budget: float
+    expected_error: float
+    sparse_heads: int
+    streaming_heads: int
+    dense_heads: int
+
+
+@dataclass(frozen=True)
 class PrefillReport:
     """Where the time of a prefill went, in seconds, and how sparse its attention was.
 
     `compute_seconds` is the request's own engine time; estimation, attention and other add up to it. A block is a query
     block x key block of one head in one layer; `dense_rows` counts query token x head x layer by reason. `backend` is
-    the attention backend of the rows that were not dense.
+    the attention backend of the rows that were not dense. `profile` is there where heads did what a profile says,
+    `guard` where the guard looked.
     """
 
     queue_seconds: float
@@ -34,6 +52,8 @@ class PrefillReport:
     layers: tuple[LayerReport, ...]
     dense_rows: dict[str, int]
     backend: str
+    profile: ProfileReport | None = None
+    guard: GuardReport | None = None
 
     @property
     def other_seconds(self) -> float:
@@ -64,6 +84,8 @@ def make_report(
     computed_tokens: int,
     cached_tokens: int,
     backend: str,
+    profile: ProfileReport | None = None,
+    guard: GuardReport | None = None,
 ) -> PrefillReport:
     """The report of a finished or stopped prefill; waits for GPU timers where there are any."""
     layers = tuple(
@@ -86,4 +108,6 @@ def make_report(
         layers=layers,
         dense_rows=dict(statistics.dense_rows),
         backend=backend,
+        profile=profile,
+        guard=guard,
     )

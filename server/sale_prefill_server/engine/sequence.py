@@ -25,29 +25,38 @@ class AttentionMode(StrEnum):
 class AttentionSettings:
     """Attention of one session, fixed for its life so that chunks and appends cannot change a result.
 
-    `threshold` is tau, `query_stride` is 1, 2 or 4; both matter for SALE only.
+    For SALE: with an `error_budget` what the profile says, else `threshold` (tau) and `query_stride` (1, 2 or 4) for
+    all heads.
     """
 
     mode: AttentionMode
     threshold: float
     query_stride: int
+    error_budget: float | None = None
 
 
 class Sequence:
     """Owned by its session; used by one engine step at a time.
 
-    `config` and `policies` (one a layer) are fixed for its life, so that chunks and appends cannot change a result.
+    `config` and `policies` (one a layer) are fixed for its life, so that chunks and appends cannot change a result;
+    `level` is the profile's level that they come from, None for a threshold of the caller's, or where all is dense.
     `states` (one a layer) can be recomputed from the KV and never travel, no more than `decode_graph` and `has_decoded`
     do, which belong to `decode.GraphDecoder`.
     """
 
     def __init__(
-        self, kv: SessionKv, settings: AttentionSettings, config: SaleConfig, policies: list[LayerPolicy]
+        self,
+        kv: SessionKv,
+        settings: AttentionSettings,
+        config: SaleConfig,
+        policies: list[LayerPolicy],
+        level: int | None = None,
     ) -> None:
         self.kv = kv
         self.settings = settings
         self.config = config
         self.policies = policies
+        self.level = level
         self.states = [LayerState() for _ in policies]
         self.cache = SessionCache(kv)
         self.has_decoded = False

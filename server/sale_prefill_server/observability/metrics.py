@@ -13,6 +13,7 @@ from sale_prefill_server.errors import Reason
 from sale_prefill_server.events import (
     Event,
     FirstToken,
+    GuardLooked,
     KvTransferred,
     LeaseRenewed,
     PrefillChunkDone,
@@ -25,6 +26,8 @@ from sale_prefill_server.events import (
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 TOKEN_BUCKETS = tuple(base * 10**power for power in range(2, 7) for base in (1, 2, 5))
+MASS_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
+ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 RATIO_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 
 OUTCOMES = ("ok", "cancelled", "rejected", "error")
@@ -46,6 +49,7 @@ class Metrics:
         self._model_name = model_name
         self._define_requests()
         self._define_attention()
+        self._define_guard()
         self._define_sessions()
         self._define_rpc()
         self._start_at_zero(methods)
@@ -108,6 +112,16 @@ class Metrics:
         self.kernel_fallbacks = self._counter(
             "kernel_fallbacks", "Times that native kernels could not be used and a slower way computes.", "reason"
         )
+
+    def _define_guard(self) -> None:
+        self.guard_kept_mass = self._histogram(
+            "guard_kept_mass_ratio", "Attention mass on kept keys, by tile that the guard recomputed.", MASS_BUCKETS
+        )
+        self.guard_error = self._histogram(
+            "guard_output_error_ratio", "Mean relative row error, by tile that the guard recomputed.", ERROR_BUCKETS
+        )
+        self.guard_alerts = self._counter("guard_alerts", "Layers and heads that lost more than calibrated.", "layer")
+        self.guard_fallbacks = self._counter("guard_dense_fallbacks", "Heads that the guard made dense.", "layer")
 
     def _define_sessions(self) -> None:
         self.sessions = self._gauge("sessions", "Sessions held, by state.", "state")
@@ -181,6 +195,12 @@ class Metrics:
             self.rpc_seconds.labels(*method)
             self.rpc_handled.labels(*method, "OK")
 
+    def start_layers_at_zero(self, num_layers: int) -> None:
+        """Series by layer, once the model is known."""
+        for layer in range(num_layers):
+            self.guard_alerts.labels(str(layer))
+            self.guard_fallbacks.labels(str(layer))
+
     def read_at_scrape(self, gauge: Gauge, value: Callable[[], float]) -> None:
         """Makes a gauge ask for its value when it is scraped."""
         gauge.set_function(value)
@@ -192,6 +212,8 @@ class Metrics:
             self._observe_request(event)
         elif isinstance(event, PrefillChunkDone):
             self.chunk_seconds.labels(name).observe(event.duration_seconds)
+        elif isinstance(event, GuardLooked):
+            self._observe_guard(event)
         elif isinstance(event, FirstToken):
             self.first_token_seconds.labels(name).observe(event.duration_seconds)
         elif isinstance(event, SessionChanged):
@@ -210,6 +232,15 @@ class Metrics:
         elif isinstance(event, RpcHandled):
             self.rpc_handled.labels(event.service, event.method, event.type, event.code).inc()
             self.rpc_seconds.labels(event.service, event.method, event.type).observe(event.duration_seconds)
+
+    def _observe_guard(self, event: GuardLooked) -> None:
+        for mass in event.kept_masses:
+            self.guard_kept_mass.observe(mass)
+        for error in event.mean_errors:
+            self.guard_error.observe(error)
+        for layer, fell_back in event.alerts:
+            self.guard_alerts.labels(str(layer)).inc()
+            self.guard_fallbacks.labels(str(layer)).inc(fell_back)
 
     def _observe_request(self, event: RequestFinished) -> None:
         name = self._model_name

@@ -9,8 +9,9 @@ from array import array
 from google.protobuf.duration_pb2 import Duration
 
 from sale_prefill.v1 import kv_pb2, prefill_service_pb2, session_service_pb2
+from sale_prefill_server.engine.guard import GuardReport
 from sale_prefill_server.engine.model import LoadedModel
-from sale_prefill_server.engine.report import PrefillReport
+from sale_prefill_server.engine.report import PrefillReport, ProfileReport
 from sale_prefill_server.engine.sampling import SampledToken, Sampling
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
 from sale_prefill_server.errors import invalid_field
@@ -106,6 +107,7 @@ class Converter:
         defaults: attention of a session that asks for none.
         default_retention: retention of a session that asks for none.
         max_lease_seconds: longest lease.
+        has_profile: whether requests may name an error budget.
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class Converter:
         defaults: AttentionSettings,
         default_retention: Retention,
         max_lease_seconds: float,
+        has_profile: bool = False,
     ) -> None:
+        self._has_profile = has_profile
         self._model = model
         self._server_id = server_id
         self._defaults = defaults
@@ -184,6 +188,7 @@ class Converter:
         }
         if message.mode not in modes:
             raise invalid_field("attention.mode", f"{message.mode} is no AttentionMode; send SALE or DENSE")
+        error_budget = self._error_budget(message)
         threshold = message.threshold if message.HasField("threshold") else self._defaults.threshold
         if not 0.0 < threshold <= 1.0 or math.isnan(threshold):
             raise invalid_field(
@@ -194,7 +199,26 @@ class Converter:
             raise invalid_field("attention.query_stride", f"{stride}: must be 1, 2 or 4")
         if modes[message.mode] is AttentionMode.DENSE:
             return AttentionSettings(AttentionMode.DENSE, self._defaults.threshold, self._defaults.query_stride)
-        return AttentionSettings(AttentionMode.SALE, threshold, stride)
+        return AttentionSettings(AttentionMode.SALE, threshold, stride, error_budget)
+
+    def _error_budget(self, message: session_service_pb2.AttentionOptions) -> float | None:
+        uniform = message.HasField("threshold") or message.HasField("query_stride")
+        if not message.HasField("error_budget"):
+            return None if uniform else self._defaults.error_budget
+        budget = message.error_budget
+        if not 0.0 < budget < math.inf:
+            raise invalid_field("attention.error_budget", f"{budget}: must be above 0; for none, ask for DENSE")
+        if uniform:
+            raise invalid_field(
+                "attention.error_budget", "a profile has thresholds and strides of its own: leave these out, or this"
+            )
+        if not self._has_profile:
+            raise invalid_field(
+                "attention.error_budget",
+                "this server has no profile of its model: send a threshold, or start it with --profile FILE "
+                "(sale-prefill calibrate writes one)",
+            )
+        return budget
 
     def retention(self, message: session_service_pb2.RetentionPolicy) -> Retention:
         """A retention policy, the server's default lease filled in.
@@ -277,6 +301,8 @@ class Converter:
                 if rows
             ],
             attention_backend=report.backend,
+            profile=None if report.profile is None else _profile_stats(report.profile),
+            guard=None if report.guard is None else _guard_stats(report.guard),
         )
 
     def decode_result(self, done: DecodeDone) -> prefill_service_pb2.DecodeResult:
@@ -292,6 +318,37 @@ class Converter:
         return prefill_service_pb2.DecodeResult(
             session=self.session(done.session), finish_reason=_FINISH_REASONS[done.finish_reason], stats=stats
         )
+
+
+def _profile_stats(report: ProfileReport) -> prefill_service_pb2.ProfileStats:
+    return prefill_service_pb2.ProfileStats(
+        name=report.name,
+        digest=report.digest,
+        error_budget=report.error_budget,
+        expected_error=report.expected_error,
+        sparse_heads=report.sparse_heads,
+        streaming_heads=report.streaming_heads,
+        dense_heads=report.dense_heads,
+    )
+
+
+def _guard_stats(report: GuardReport) -> prefill_service_pb2.GuardStats:
+    return prefill_service_pb2.GuardStats(
+        num_tiles=len(report.tiles),
+        kept_mass=report.kept_mass,
+        mean_error=report.mean_error,
+        max_error=report.max_error,
+        alerts=[
+            prefill_service_pb2.GuardAlert(
+                layer=alert.layer,
+                head=alert.head,
+                dense=alert.dense,
+                mean_error=alert.mean_error,
+                expected_error=alert.expected_error,
+            )
+            for alert in report.alerts
+        ],
+    )
 
 
 def accepted_message(accepted: Accepted, joined: bool) -> prefill_service_pb2.PrefillAccepted:
@@ -334,9 +391,13 @@ def retention_message(retention: Retention) -> session_service_pb2.RetentionPoli
 
 
 def attention_message(settings: AttentionSettings) -> session_service_pb2.AttentionOptions:
-    """Attention settings; threshold and stride are left out where attention is dense."""
+    """Attention settings; what does not matter to them is left out."""
     message = session_service_pb2.AttentionOptions(mode=_MODES[settings.mode])
-    if settings.mode is AttentionMode.SALE:
+    if settings.mode is AttentionMode.DENSE:
+        return message
+    if settings.error_budget is not None:
+        message.error_budget = settings.error_budget
+    else:
         message.threshold = settings.threshold
         message.query_stride = settings.query_stride
     return message

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 
+from sale_attention import Profile
 from sale_prefill.v1 import kv_transfer_service_pb2, server_service_pb2_grpc
 from sale_prefill.v1 import server_service_pb2 as pb
 from sale_prefill_server.engine.engine import Engine
@@ -70,6 +71,7 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
             transports=[kv_transfer_service_pb2.TRANSPORT_GRPC],
             num_query_heads=model.num_query_heads,
             max_top_logits=MAX_TOP_LOGITS,
+            profile=None if self._engine.profile is None else _profile_info(self._engine.profile),
         )
 
     async def GetLoad(  # noqa: N802
@@ -114,6 +116,12 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
         """Not in this release."""
         raise PrefillError(Reason.NOT_IMPLEMENTED, "Drain is not in this release: send SIGTERM")
         yield
+
+
+def _profile_info(profile: Profile) -> pb.ProfileInfo:
+    return pb.ProfileInfo(
+        name=profile.name, digest=profile.digest, error_budgets=[level.error_budget for level in profile.levels]
+    )
 
 
 def _read_piece(path: Path, start: int) -> bytes:

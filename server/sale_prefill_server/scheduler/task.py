@@ -7,7 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from sale_attention import Audit
 from sale_prefill_server.engine.engine import Engine
+from sale_prefill_server.engine.guard import GuardReport
 from sale_prefill_server.engine.report import PrefillReport, make_report
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.events import EventBus, PrefillChunkDone, PrefillWork, RequestFinished
@@ -28,6 +30,8 @@ class Append:
         self._session = session
         self._token_ids = token_ids
         self._statistics = engine.new_statistics()
+        self._audit: Audit | None = None
+        self._guard_report: GuardReport | None = None
         self._compute_seconds = 0.0
         self.start = session.num_tokens
         self.end = self.start + len(token_ids)
@@ -44,6 +48,8 @@ class Append:
             StoppedError: nobody wants the job any more; the session holds whole chunks only.
         """
         session, position = self._session, self._session.num_tokens
+        if position == self.start:
+            self._audit = self._engine.begin_audit(session.sequence, self.start, self.end)
         boundary = self._engine.next_boundary(position, self.end)
         chunk = self._token_ids[position - self.start : boundary - self.start]
         started = time.perf_counter()
@@ -56,8 +62,15 @@ class Append:
 
         try:
             logits = self._engine.prefill_chunk(
-                session.sequence, chunk, prompt_end=self.end, statistics=self._statistics, on_layer=on_layer
+                session.sequence,
+                chunk,
+                prompt_end=self.end,
+                statistics=self._statistics,
+                on_layer=on_layer,
+                audit=self._audit,
             )
+            if self._audit is not None and boundary == self.end:
+                self._guard_report = self._engine.finish_audit(session.sequence, self._audit)
         except BaseException:
             session.sequence.truncate(position)
             raise
@@ -77,6 +90,8 @@ class Append:
             computed_tokens=min(self._session.num_tokens, self.end) - self.start,
             cached_tokens=self.start,
             backend=self._engine.attention_backend,
+            profile=self._engine.profile_report(self._session.sequence),
+            guard=self._guard_report,
         )
 
 
