@@ -146,8 +146,10 @@ class Guard:
     def _judge(self, found: TileResult, level: int | None) -> list[GuardAlert]:
         layer, head = found.tile.layer, found.tile.head
         expected = self.expected_error(found.tile, level)
-        ratio = max(found.mean_error, _LEAST_ERROR) / max(expected, _LEAST_ERROR)
-        score = min(math.log(ratio), _MOST) - _ALLOWANCE
+        excess = _MOST  # of a tile that is not even a number
+        if math.isfinite(found.mean_error):
+            excess = min(math.log(max(found.mean_error, _LEAST_ERROR) / max(expected, _LEAST_ERROR)), _MOST)
+        score = excess - _ALLOWANCE
         alerts = []
         if self._add((layer, None), score) > _LAYER_LIMIT and layer not in self.suspect_layers:
             self.suspect_layers.add(layer)
