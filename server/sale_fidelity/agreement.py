@@ -90,7 +90,8 @@ class Agreement:
         """The rows of positions `[start, end)`; `density` stays that of whole prompts."""
         rows = (self.position >= start) & (self.position < end)
         columns = (self.position, self.agrees, self.kl, self.nll, self.dense_nll)
-        return Agreement(*(column[rows] for column in columns), density=self.density)
+        position, agrees, kl, nll, dense_nll = (column[rows] for column in columns)
+        return Agreement(position, agrees, kl, nll, dense_nll, self.density)
 
 
 def dense_reference(
@@ -148,11 +149,12 @@ def compare(
 def pooled(parts: Sequence[Agreement]) -> Agreement:
     """Several prompts as one; densities are averaged."""
     columns = zip(*((part.position, part.agrees, part.kl, part.nll, part.dense_nll) for part in parts), strict=True)
-    return Agreement(*(torch.cat(column) for column in columns), density=sum(p.density for p in parts) / len(parts))
+    position, agrees, kl, nll, dense_nll = (torch.cat(column) for column in columns)
+    return Agreement(position, agrees, kl, nll, dense_nll, sum(part.density for part in parts) / len(parts))
 
 
 def quickest_backend(model: FidelityModel) -> str:
-    """The backend to measure `model` with: the native one of its device, or "masked" where that has no kernel for it."""
+    """The backend to measure `model` with: its device's own, or "masked" where that has no kernel for its dtype."""
     native = model.device.type == "cpu" or model.dtype != torch.float32
     return AUTO if native else masked.NAME
 
