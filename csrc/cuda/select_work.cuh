@@ -8,7 +8,7 @@
 
 namespace sale::cuda {
 
-constexpr int kUnits = 4;  // of a CTA
+constexpr int kUnits = 4;  // of a CTA, where a kernel does not say otherwise
 constexpr int kUnitRows = 64;
 constexpr int kPartRows = 16;
 constexpr int kTileKeys = 128;
@@ -35,7 +35,7 @@ struct Work {
   int end_block;             // one past the last key block that any of the units may select
 
   template <class Launch>
-  __device__ explicit Work(const Launch& launch, int cluster = 1) {
+  __device__ explicit Work(const Launch& launch, int cluster = 1, int units = kUnits) {
     const SaleCudaGrid& grid = launch.call.grid;
     kv_head = blockIdx.y;
     batch = blockIdx.z;
@@ -43,8 +43,8 @@ struct Work {
     members = 0;
     for (int i = 0; i < group; ++i) members += launch.strides[kv_head * group + i] == launch.head_stride;
     tiles = (launch.blocks * (grid.query_block / launch.stride) + kUnitRows - 1) / kUnitRows;
-    const int number = blockIdx.x / cluster, longest = number / launch.segments * cluster * kUnits;
-    first_unit = longest + blockIdx.x % cluster * kUnits;
+    const int number = blockIdx.x / cluster, longest = number / launch.segments * cluster * units;
+    first_unit = longest + blockIdx.x % cluster * units;
     first_tile = end_tile = end_block = 0;
     if (longest >= tiles * members) return;
     const Blocks blocks(grid);
@@ -126,10 +126,10 @@ __device__ __forceinline__ uint32_t bits_below(int count) {
 
 // The CTAs of a launch; sets its segments, 1 where there are CTAs in plenty.
 template <class Launch>
-dim3 select_ctas(Launch& launch, int most_members, int cluster = 1) {
+dim3 select_ctas(Launch& launch, int most_members, int cluster = 1, int cta_units = kUnits) {
   const SaleCudaGrid& grid = launch.call.grid;
   const int tiles = (launch.blocks * (grid.query_block / launch.stride) + kUnitRows - 1) / kUnitRows;
-  const int units = kUnits * cluster, along_rows = (tiles * most_members + units - 1) / units * cluster;
+  const int units = cta_units * cluster, along_rows = (tiles * most_members + units - 1) / units * cluster;
   const int64_t ctas = static_cast<int64_t>(along_rows) * grid.kv_heads * grid.batch;
   launch.segments = static_cast<int>((2 * grid.multiprocessors + ctas - 1) / ctas);
   return dim3(along_rows * launch.segments, grid.kv_heads, grid.batch);

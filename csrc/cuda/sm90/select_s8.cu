@@ -1,7 +1,8 @@
 // Selection on sm_90a, bit-identical to `select.py` for 8-bit codes: wgmma s8, one max per (row, 32 keys), one compare.
 //
-// One CTA: four consumer warpgroups of 64 voting rows each (the heads of a KV head first, then other rows), and one
-// producer warp that feeds tiles of 128 keys by the copy engine. Query codes live in registers as wgmma's A operand.
+// One CTA: three consumer warpgroups of two units (64 voting rows) each, the heads of a KV head first, then other rows, and
+// one producer warp that feeds tiles of 128 keys by the copy engine. A warpgroup multiplies its units with a tile one after
+// the other, and decides for one while the tensor cores are at the other. Query codes live in registers as wgmma's A operand.
 // A warp's 16 voting rows lie in one query block, so a warp takes whole decisions, gathers them into mask words
 // (8 tiles each) and merges these with the block's other warps by atomicOr.
 //
@@ -18,7 +19,9 @@
 namespace sale::cuda {
 namespace {
 
-constexpr int kWarpgroups = kUnits;
+constexpr int kWarpgroups = 3;
+constexpr int kWarpgroupUnits = 2;
+constexpr int kCtaUnits = kWarpgroups * kWarpgroupUnits;
 constexpr int kStages = 4;
 constexpr int kCluster = 2;  // CTAs that share tiles of keys, each fetching its part for all
 constexpr int kThreads = 128 * (kWarpgroups + 1);
@@ -110,14 +113,13 @@ template <int kDim>
 struct Decisions {
   const Launch& launch;
   const Work& work;
-  const Voters<kDim>& voters;
   const int end_tile;
   const int lane = threadIdx.x % 32;
-  uint32_t word = 0;
+  uint32_t words[kWarpgroupUnits] = {};
   float scale, next_scale;  // of block `lane` of this mask word, and of the next
 
-  __device__ __forceinline__ Decisions(const Launch& l, const Work& w, const Voters<kDim>& v, int first_tile, int end)
-      : launch(l), work(w), voters(v), end_tile(end) {
+  __device__ __forceinline__ Decisions(const Launch& l, const Work& w, int first_tile, int end)
+      : launch(l), work(w), end_tile(end) {
     scale = load(first_tile / kWordTiles);
     next_scale = load(first_tile / kWordTiles + 1);
   }
@@ -125,7 +127,9 @@ struct Decisions {
     const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
     return *token_at<const float>(launch.call.key_scales, work.batch, work.kv_head, min(index * 32 + lane, last));
   }
-  __device__ __forceinline__ void take(const Maxima& maxima, int tile) {
+  // Units take tiles in turns, the last unit last.
+  template <int kUnit>
+  __device__ __forceinline__ void take(const Maxima& maxima, const Voters<kDim>& voters, int tile) {
     uint32_t bits = 0;
 #pragma unroll
     for (int block = 0; block < kTileBlocks; ++block) {
@@ -136,49 +140,61 @@ struct Decisions {
         passes |= !(__fmul_rn(static_cast<float>(maxima.top[block][half]), c) <= voters.thresholds[half]);
       bits |= passes ? 1u << block : 0u;
     }
-    word |= bits << (tile % kWordTiles * kTileBlocks);
-    if (tile % kWordTiles == kWordTiles - 1 || tile == end_tile - 1) write(tile / kWordTiles);
+    words[kUnit] |= bits << (tile % kWordTiles * kTileBlocks);
+    if (tile % kWordTiles != kWordTiles - 1 && tile != end_tile - 1) return;
+    write<kUnit>(voters, tile / kWordTiles);
+    if (kUnit < kWarpgroupUnits - 1) return;
+    scale = next_scale;
+    next_scale = load(tile / kWordTiles + 2);
   }
-  __device__ __forceinline__ void write(int index) {
+  template <int kUnit>
+  __device__ __forceinline__ void write(const Voters<kDim>& voters, int index) {
     const int first = index * 32;
-    word = __reduce_or_sync(0xffffffffu, word);
+    uint32_t word = __reduce_or_sync(0xffffffffu, words[kUnit]);
     word &= bits_below(voters.selectable_end - first) & ~bits_below(launch.call.grid.sink_blocks - first);
     if (lane == 0 && word != 0 && voters.words != nullptr) atomicOr(voters.words + index, word);
-    word = 0;
-    scale = next_scale;
-    next_scale = load(index + 2);
+    words[kUnit] = 0;
   }
 };
+
+template <int kDim>
+__device__ __forceinline__ void multiply(int32_t (&sums)[64], const Voters<kDim>& voters, uint64_t keys) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kDim / 32; ++step) wgmma_s8_n128(sums, voters.codes[step], moved(keys, step * 32), step > 0);
+  wgmma_commit();
+}
 
 template <int kDim>
 __device__ __forceinline__ void consume(const Launch& launch, const Work& work, Shared<kDim>& shared, int warpgroup) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int first_tile = shared.first_tile, end_tile = shared.end_tile;
-  const Voters<kDim> voters(launch, work, work.first_unit + warpgroup, warp, lane);
-  Decisions<kDim> decisions(launch, work, voters, first_tile, end_tile);
+  const int unit = work.first_unit + warpgroup * kWarpgroupUnits;
+  const Voters<kDim> first(launch, work, unit, warp, lane), second(launch, work, unit + 1, warp, lane);
+  Decisions<kDim> decisions(launch, work, first_tile, end_tile);
   constexpr int kSwizzle = kDim == 128 ? 1 : 2;
   const uint64_t first_keys = matrix_descriptor(shared.keys[0], 16, 8 * kDim, kSwizzle);
-  Maxima maxima;
+  Maxima first_maxima, second_maxima;
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
     int32_t sums[64];
     barrier_wait(&shared.full[stage], turn / kStages & 1);
     const uint64_t keys = moved(first_keys, uniform(stage) * (kTileKeys * kDim));
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kDim / 32; ++step)
-      wgmma_s8_n128(sums, voters.codes[step], moved(keys, step * 32), step > 0);
-    wgmma_commit();
-    // The last tile's decisions, while the tensor cores are at this one.
+    multiply<kDim>(sums, first, keys);
     if (tile > first_tile) {
-      maxima.pin();
-      decisions.take(maxima, tile - 1);
+      second_maxima.pin();
+      decisions.template take<1>(second_maxima, second, tile - 1);
     }
     wgmma_wait<0>();
+    first_maxima.take(sums);
+    multiply<kDim>(sums, second, keys);
+    first_maxima.pin();
+    decisions.template take<0>(first_maxima, first, tile);
+    wgmma_wait<0>();
     if (lane < kCluster) barrier_arrive_at(&shared.empty[stage], lane);
-    maxima.take(sums);
+    second_maxima.take(sums);
   }
-  decisions.take(maxima, end_tile - 1);
+  decisions.template take<1>(second_maxima, second, end_tile - 1);
 }
 
 template <int kDim>
@@ -186,7 +202,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     select_s8(const __grid_constant__ Launch launch) {
   extern __shared__ uint8_t memory[];
   Shared<kDim>& shared = *reinterpret_cast<Shared<kDim>*>(aligned(memory));
-  const Work work(launch, kCluster);
+  const Work work(launch, kCluster, kCtaUnits);
   if (work.first_tile >= work.end_tile) return;  // the whole cluster
   if (threadIdx.x == 0) {
     prefetch_map(&launch.codes);
@@ -201,11 +217,11 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   cluster_sync();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == kWarpgroups) {
-    registers_down<32>();  // 4 x 112 + 32 = 5 x 96: more than the launch had would wait forever
+    registers_down<32>();  // 3 x 160 + 32 = 4 x 128: more than the launch had would wait forever
     if (threadIdx.x < 128 * kWarpgroups + 32) produce<kDim>(launch, work, shared);
     cluster_sync();  // until then the other CTA may write here
   } else {
-    registers_up<112>();
+    registers_up<160>();
     consume<kDim>(launch, work, shared, warpgroup);
     cluster_sync();
   }
@@ -218,7 +234,7 @@ int run(const Launch& launch, int most_members, cudaStream_t stream) {
       cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (raised != cudaSuccess) return raised;
   Launch split = launch;
-  const dim3 blocks = select_ctas(split, most_members, kCluster);
+  const dim3 blocks = select_ctas(split, most_members, kCluster, kCtaUnits);
   select_s8<kDim><<<blocks, kThreads, bytes, stream>>>(split);
   return cudaGetLastError();
 }

@@ -51,10 +51,15 @@ def test_expected_density_falls_with_position_and_threshold(stride: int) -> None
     assert expected_density(8192, 0.008, stride) < expected_density(8192, 0.004, stride)
 
 
-@pytest.mark.parametrize("backend", ["cpu-avx512", "cpu-avx512_vnni", "cpu-avx2", "cuda-sm90a"])
+@pytest.mark.parametrize("backend", ["cpu-avx512", "cpu-avx512_vnni", "cpu-avx2"])
 def test_native_kernels_turn_sparse_before_a_short_prompt_is_long(backend: str) -> None:
     for head_dim in (64, 128):
         assert 1024 <= crossover(costs_of(backend, head_dim)) <= 4096
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_on_a_gpu_a_prompt_of_4k_is_dense_and_one_of_6k_is_not(stride: int) -> None:
+    assert 4096 <= crossover(costs_of("cuda-sm90a", 128), stride=stride) <= 6144
 
 
 def test_a_backend_that_nobody_measured_counts_as_the_reference() -> None:
