@@ -195,6 +195,14 @@ class _Piece:
             kept[:, block, end:] = False
         return kept
 
+    def estimates(self) -> Tensor:
+        """float32 `[heads, votes, selectable key blocks]` of the only query block, to be compared with thresholds."""
+        first, end = self.grid.selectable(self.piece.first)
+        starts = range(first, end, _PIECE_KEY_BLOCKS)
+        parts = [self._block_maxima(start, min(start + _PIECE_KEY_BLOCKS, end)) for start in starts]
+        empty = self.thresholds.new_empty(self.thresholds.shape[0], 0)
+        return torch.cat([empty, *parts], dim=1).view(self.heads, self.votes, -1)
+
     def _block_maxima(self, start: int, end: int) -> Tensor:
         """float32 `[heads * query blocks * votes, end - start]`, comparable with the thresholds."""
         size = self.grid.key_block
@@ -209,6 +217,30 @@ class _Piece:
         corrections = torch.repeat_interleave(self.means @ keys.t(), self.votes, dim=1)
         estimates += corrections.view_as(estimates)
         return estimates.amax(dim=-1)
+
+
+def block_estimates(
+    query_codes: QueryCodes, key_codes: KeyCodes, grid: BlockGrid, kv: KvView, batch: int, kv_head: int
+) -> Tensor:
+    """What `select_blocks` compares with the thresholds, for every threshold at once.
+
+    Args:
+        query_codes: codes of one query block's rows, `[B, H, Nq, d]`.
+        key_codes: codes `[B, Hkv, Nk, d]`.
+        grid: the blocks of these rows; one query block.
+        kv: as in `select_blocks`.
+        batch: which sequence.
+        kv_head: whose query heads.
+
+    Returns:
+        float32 `[heads, Nq, selectable key blocks]`: block `grid.sink_blocks + b` is kept for row i of head h at
+        threshold T where `not (estimate[h, i, b] <= T)`.
+    """
+    group = query_codes.codes.shape[1] // kv.kv_heads
+    heads = list(range(kv_head * group, (kv_head + 1) * group))
+    every_row = _QueryPiece(0, torch.arange(grid.query_tokens).unsqueeze(0))
+    piece = _Piece(query_codes, key_codes, query_codes.scales, grid, kv, batch, kv_head, heads, every_row)
+    return piece.estimates()
 
 
 def code_products(query_codes: Tensor, key_codes: Tensor) -> Tensor:
