@@ -86,7 +86,9 @@ def solve(choices: HeadChoices, budgets: Sequence[float]) -> list[list[int]]:
     """
     if bad := [budget for budget in budgets if not budget >= 0]:
         raise ValueError(f"error budget {bad[0]} must be at least 0")
-    hulls = [lower_hull(cost, effect) for cost, effect in zip(choices.cost.tolist(), choices.effect.tolist(), strict=True)]
+    hulls = [
+        lower_hull(cost, effect) for cost, effect in zip(choices.cost.tolist(), choices.effect.tolist(), strict=True)
+    ]
     steps = []
     for head, hull in enumerate(hulls):
         for place, (before, after) in enumerate(zip(hull, hull[1:], strict=False), 1):

@@ -94,6 +94,10 @@ class Guard:
         self.suspect_layers: set[int] = set()
         self.dense_heads: set[tuple[int, int]] = set()
 
+    def scores(self) -> dict[tuple[int, int | None], float]:
+        """Sums by layer (head None) and by head."""
+        return dict(self._scores)
+
     def adjusted(self, policies: Sequence[LayerPolicy]) -> list[LayerPolicy]:
         """`policies` with guilty heads dense."""
         if not self.dense_heads:
