@@ -132,7 +132,8 @@ def _healthy_row(model: FidelityModel, profile: Profile, count: int) -> Row:
         alerts += report.alerts
         errors.append(report.mean_error)
         masses.append(report.kept_mass)
-    measured = f"{len(alerts)} alerts in {count}; mean error {statistics.mean(errors):.4f}, kept mass {statistics.mean(masses):.4f}"
+    means = f"mean error {statistics.mean(errors):.4f}, kept mass {statistics.mean(masses):.4f}"
+    measured = f"{len(alerts)} alerts in {count}; {means}"
     assert engine.guard is not None
     scores = sorted(engine.guard.scores().items(), key=lambda item: -item[1])[:5]
     line = f"guard: alerts in {HEALTHY} healthy requests of 8K, all sampled"
