@@ -1,1 +1,1 @@
-"""What is lost by attending to less, on a user's own model: calibration, evaluation, and other methods beside it."""
+"""What SALE costs in fidelity, measured on a user's own model: `sale-prefill calibrate` and `sale-prefill evaluate`."""
