@@ -106,15 +106,13 @@ class _MeasuredHead:
         self._values = trace.values[0, 0].to(torch.float32)
 
     def samples(self) -> list[BlockSample]:
-        """Scores and dense outputs of the sampled blocks; a few hundred megabytes, so not kept."""
+        """Scores and dense outputs of the sampled blocks: 5 MiB a block at 32K."""
         return [BlockSample.of(self.head, self._values, index) for index in self._sampled]
 
-    def choose(
-        self, method: Method, samples: Sequence[BlockSample], density: float, knobs: Sequence[float] | None = None
-    ) -> _Choice:
-        """The setting with the least p99 error among those that reach `density`, at `knobs` or at their own."""
+    def choose(self, method: Method, samples: Sequence[BlockSample], density: float) -> _Choice:
+        """The setting with the least p99 error among those that reach `density`."""
         levels = self.levels[method.name]
-        knobs = [one.solve(density) for one in levels] if knobs is None else knobs
+        knobs = [one.solve(density) for one in levels]
         reached = [one.density(knob) for one, knob in zip(levels, knobs, strict=True)]
         nearest = min(abs(share - density) for share in reached)
         choices = [
@@ -151,28 +149,26 @@ def measure_trace(
     """
     compared = methods() if compared is None else compared
     heads = [_MeasuredHead(trace, index, blocks, compared) for index in range(trace.heads)]
+    samples = [head.samples() for head in heads]
     choices: dict[tuple[str, Solved, float], list[_Choice]] = {}
-    shared = {
-        (method.name, density, place): solve_shared([head.levels[method.name][place] for head in heads], density)
-        for method in compared
-        for density in densities
-        for place in range(len(method.rules))
-    }
     for done, head in enumerate(heads, 1):
-        samples = head.samples()
         for method in compared:
-            for density in densities:
-                choices.setdefault((method.name, "head", density), []).append(head.choose(method, samples, density))
-                place = _place_of(method, choices[method.name, "head", density][-1].setting)
-                levels, knob = head.levels[method.name][place], shared[method.name, density, place]
-                choice = _Choice(method.rules[place].setting, levels.density(knob), _errors(samples, levels, knob))
-                choices.setdefault((method.name, "shared", density), []).append(choice)
-            for cost in costs:
-                remaining = cost - _estimation(method, trace)
-                if remaining > 0:
-                    choice = head.choose(method, samples, remaining)
-                    choices.setdefault((method.name, "cost", cost), []).append(choice)
+            targets: list[tuple[Solved, float, float]] = [("head", density, density) for density in densities]
+            targets += [("cost", cost, cost - _estimation(method, trace)) for cost in costs]
+            for solved, target, density in targets:
+                if density > 0:
+                    choice = head.choose(method, samples[done - 1], density)
+                    choices.setdefault((method.name, solved, target), []).append(choice)
         on_head(done, len(heads))
+    for method in compared:
+        for density in densities:
+            places = [_place_of(method, choice.setting) for choice in choices[method.name, "head", density]]
+            levels = [head.levels[method.name][place] for head, place in zip(heads, places, strict=True)]
+            knob = solve_shared([one.curve for one in levels], density)
+            choices[method.name, "shared", density] = [
+                _Choice(method.rules[place].setting, one.density(knob), _errors(sampled, one, knob))
+                for place, one, sampled in zip(places, levels, samples, strict=True)
+            ]
     by_name = {method.name: method for method in compared}
     return [_point(trace, by_name[name], solved, target, chosen) for (name, solved, target), chosen in choices.items()]
 

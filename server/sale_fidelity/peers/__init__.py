@@ -8,7 +8,7 @@ from .cost import EstimationCost
 from .flexprefill import FlexPrefill
 from .methods import Method, methods
 from .minference import VerticalSlash
-from .rule import QUERY_BLOCK, Head, Levels, SelectionRule, solve_shared
+from .rule import QUERY_BLOCK, DensityCurve, Head, Levels, SelectionRule, solve_shared
 from .sale import Sale
 from .spargeattn import SpargeAttn
 from .streaming import StreamingLlm
@@ -16,6 +16,7 @@ from .xattention import XAttention
 
 __all__ = [
     "QUERY_BLOCK",
+    "DensityCurve",
     "EstimationCost",
     "FlexPrefill",
     "Head",

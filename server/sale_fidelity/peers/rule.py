@@ -72,6 +72,44 @@ class Head:
         return torch.softmax(scores, dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class DensityCurve:
+    """How much is kept at each knob.
+
+    Attributes:
+        knobs: float32 `[n]`, ascending and distinct, on the CPU; the first may be `ALWAYS`.
+        shares: float64 `[n]`, the density at each.
+    """
+
+    knobs: Tensor
+    shares: Tensor
+
+    def density(self, knob: float) -> float:
+        """What is kept at `knob`."""
+        place = int(torch.searchsorted(self.knobs, torch.tensor(knob, dtype=self.knobs.dtype), right=True))
+        return float(self.shares[place - 1]) if place else 0.0
+
+    def solve(self, density: float) -> float:
+        """The knob whose density is nearest to `density`; the least one there is where even that is more."""
+        place = int(torch.searchsorted(self.shares, torch.tensor(density, dtype=self.shares.dtype)))
+        candidates = [index for index in (place - 1, place) if 0 <= index < len(self.knobs)]
+        best = min(candidates, key=lambda index: abs(float(self.shares[index]) - density))
+        return float(self.knobs[best])
+
+    @property
+    def finite_range(self) -> tuple[float, float]:
+        """The least knob that keeps more than what is always kept, and one that keeps everything."""
+        finite = self.knobs[self.knobs > ALWAYS]
+        return (float(finite[0]), float(finite[-1])) if len(finite) else (0.0, 0.0)
+
+    def thinned(self, points: int) -> DensityCurve:
+        """At most `points` of the points, the first and the last among them."""
+        if len(self.knobs) <= points:
+            return self
+        chosen = torch.linspace(0, len(self.knobs) - 1, points, dtype=torch.float64).round().long()
+        return DensityCurve(self.knobs[chosen], self.shares[chosen])
+
+
 class Levels:
     """The answer of a rule: from which knob on each block is kept.
 
@@ -116,9 +154,7 @@ class Levels:
         Counted in keys, not in blocks, so that rules of different granularity compare; of a rule whose query block is
         larger than 64, the keys that only its later rows see do not count for the earlier ones.
         """
-        knobs, shares = self._curve
-        place = int(torch.searchsorted(knobs, torch.tensor(knob, dtype=knobs.dtype), right=True))
-        return float(shares[place - 1]) if place else 0.0
+        return self.curve.density(knob)
 
     @property
     def least_density(self) -> float:
@@ -127,18 +163,7 @@ class Levels:
 
     def solve(self, density: float) -> float:
         """The knob whose density is nearest to `density`; the least one there is where even that is more."""
-        knobs, shares = self._curve
-        place = int(torch.searchsorted(shares, torch.tensor(density, dtype=shares.dtype)))
-        candidates = [index for index in (place - 1, place) if 0 <= index < len(knobs)]
-        best = min(candidates, key=lambda index: abs(float(shares[index]) - density))
-        return float(knobs[best])
-
-    @property
-    def knob_range(self) -> tuple[float, float]:
-        """The least finite knob that keeps more than what is always kept, and one that keeps everything."""
-        knobs = self._curve[0]
-        finite = knobs[knobs > ALWAYS]
-        return (float(finite[0]), float(finite[-1])) if len(finite) else (0.0, 0.0)
+        return self.curve.solve(density)
 
     @cached_property
     def _visible_keys(self) -> Tensor:
@@ -149,8 +174,8 @@ class Levels:
         return (ends.unsqueeze(1) - starts).clamp_(0, self.key_block)
 
     @cached_property
-    def _curve(self) -> tuple[Tensor, Tensor]:
-        """Ascending distinct knobs, float32, and the density at each, float64; on the CPU."""
+    def curve(self) -> DensityCurve:
+        """The density at every knob that changes it."""
         rows = torch.tensor([end - start for start, end in map(self.rows, range(self.query_blocks))])
         weights = (self._visible_keys * rows.unsqueeze(1).to(torch.int32)).to(self.values.device)
         total = float(weights.sum(dtype=torch.float64))
@@ -159,7 +184,7 @@ class Levels:
         shares = weights[reachable][order].to(torch.float64).cumsum(0) / total
         last = torch.ones_like(knobs, dtype=torch.bool)
         last[:-1] = knobs[1:] != knobs[:-1]
-        return knobs[last].cpu(), shares[last].cpu()
+        return DensityCurve(knobs[last].cpu(), shares[last].cpu())
 
 
 class SelectionRule(Protocol):
@@ -180,17 +205,14 @@ class SelectionRule(Protocol):
         """Operations of the estimation for one head of a whole prompt."""
 
 
-def solve_shared(levels: Sequence[Levels], density: float) -> float:
-    """One knob for several heads, their mean density nearest to `density` from below (by bisection)."""
-
-    def mean(knob: float) -> float:
-        return sum(one.density(knob) for one in levels) / len(levels)
-
-    reached = [one.knob_range for one in levels]
-    low, high = min(least for least, _ in reached), max(most for _, most in reached)
+def solve_shared(curves: Sequence[DensityCurve], density: float) -> float:
+    """One knob for several heads, their mean density the largest that does not exceed `density` (by bisection)."""
+    low = min(curve.finite_range[0] for curve in curves)
+    high = max(curve.finite_range[1] for curve in curves)
     for _ in range(_BISECTIONS):
         middle = low + (high - low) / 2
-        low, high = (middle, high) if mean(middle) <= density else (low, middle)
+        mean = sum(curve.density(middle) for curve in curves) / len(curves)
+        low, high = (middle, high) if mean <= density else (low, middle)
     return low
 
 

@@ -283,7 +283,7 @@ class TestParts:
 
     def test_one_knob_for_several_heads_meets_their_mean_density(self) -> None:
         heads = [Sale().levels(head_of(*noise(seed=seed))) for seed in range(3)]
-        knob = solve_shared(heads, 0.5)
+        knob = solve_shared([levels.curve for levels in heads], 0.5)
         assert sum(levels.density(knob) for levels in heads) / 3 == pytest.approx(0.5, abs=0.01)
 
     def test_head_and_levels_say_what_does_not_fit(self) -> None:
