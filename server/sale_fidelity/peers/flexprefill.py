@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cost import EstimationCost, sort_operations
-from .minference import _diagonal_sums
+from .minference import diagonal_sums
 from .rule import ALWAYS, Head, Levels, block_means, cumulative_levels, of_query_blocks
 
 
@@ -60,7 +60,7 @@ class FlexPrefill:
 
     def _lines(self, attention: Tensor, blocks: int) -> Tensor:
         vertical = cumulative_levels(_sums_by_block(attention.sum(dim=0), self.block))
-        nearest = torch.nn.functional.pad(_diagonal_sums(attention), (self.block // 2, 0))
+        nearest = torch.nn.functional.pad(diagonal_sums(attention), (self.block // 2, 0))
         slash = cumulative_levels(_sums_by_block(nearest, self.block)[:blocks])
         places = torch.arange(blocks, device=attention.device)
         return torch.minimum(slash[(places.unsqueeze(1) - places).clamp(min=0)], vertical)

@@ -46,7 +46,7 @@ class VerticalSlash:
         attention = head.last_rows_attention(min(self.last_rows, head.tokens))
         vertical = _ranks(attention.sum(dim=0)) / self.split[0]
         vertical[: self.sink_tokens] = ALWAYS
-        slash = _ranks(_diagonal_sums(attention)) / self.split[1]
+        slash = _ranks(diagonal_sums(attention)) / self.split[1]
         slash[: self.local_tokens] = ALWAYS
         return Levels(torch.minimum(_by_query_block(slash, head), vertical), 1, head)
 
@@ -65,14 +65,13 @@ def _ranks(mass: Tensor) -> Tensor:
     return torch.empty_like(places).scatter_(0, order, places)
 
 
-def _diagonal_sums(attention: Tensor) -> Tensor:
+def diagonal_sums(attention: Tensor) -> Tensor:
     """Sums by distance of row and key: `[rows, N]`, rows at the end, -> `[N]`."""
     rows, tokens = attention.shape
-    sums = torch.zeros(tokens, device=attention.device)
-    for row in range(rows):
-        position = tokens - rows + row
-        sums[: position + 1] += attention[row, : position + 1].flip(0)
-    return sums
+    # Row i stands at N - rows + i: backwards, its key at distance x is in column x + rows - 1 - i.
+    backwards = torch.nn.functional.pad(attention.flip(1), (0, rows - 1))
+    by_distance = backwards.as_strided((rows, tokens), (backwards.shape[1] - 1, 1), rows - 1)
+    return by_distance.sum(dim=0)
 
 
 def _by_query_block(slash: Tensor, head: Head) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from sale_attention import BlockGrid, HeadPlan, KeyCodes, KvView, LayerPolicy, QueryCodes, SaleConfig
 from sale_attention.quantise import default_key_centre, quantise_key, quantise_query
 from sale_attention.select import code_products, voting_rows
-from sale_attention.sink_local import row_thresholds, sink_local_log_sum_exp
+from sale_attention.sink_local import row_thresholds
 
 from .cost import EstimationCost, causal_pairs
 from .rule import ALWAYS, NEVER, QUERY_BLOCK, Head, Levels
@@ -43,18 +44,19 @@ class Sale:
         """Minus the logarithm of each block's largest Relative Attention Score."""
         if self.config.query_block != QUERY_BLOCK or self.config.code_bits != 8:
             raise ValueError(f"only query blocks of {QUERY_BLOCK} and 8-bit codes compare here, not {self.config}")
+        least = self.config.sink_tokens + self.config.local_tokens
+        if head.first_row < least:
+            raise ValueError(f"first_row={head.first_row} is below {least}, where sink and local tokens would overlap")
         query, kv = head.query[head.first_row :][None, None], KvView(head.keys[None, None], head.keys[None, None])
         grid = BlockGrid.of(query.shape[2], head.tokens, self.config)
         centre = default_key_centre(kv, self.config)
         query_codes, key_codes = quantise_query(query, grid, self.config), quantise_key(kv, centre, self.config)
-        log_sum_exp = sink_local_log_sum_exp(query, kv, centre, grid, head.scale)
-        at_one = row_thresholds(log_sum_exp, query_codes, torch.zeros(1), head.scale)  # of tau = 1
+        log_sum_exp = _sink_local_log_sum_exp(head, centre[0, 0], grid)
+        at_one = row_thresholds(log_sum_exp[None, None], query_codes, torch.zeros(1), head.scale)  # of tau = 1
         values = torch.full((grid.query_blocks, grid.key_blocks), NEVER, device=query.device)
         for rows, blocks in self._pieces(grid, head.tokens):
             values[blocks] = -_log_scores(query_codes, key_codes, at_one, rows, head.scale)
-        for index in range(grid.query_blocks):
-            sink_end, local_start, local_end = grid.always_attended(index)
-            values[index, :sink_end] = values[index, local_start:local_end] = ALWAYS
+        values.masked_fill_(_always_attended(grid).to(values.device), ALWAYS)
         return Levels(values, self.config.key_block, head)
 
     def tau(self, knob: float) -> float:
@@ -85,6 +87,30 @@ class Sale:
             int8_multiply_adds=causal_pairs(tokens) / self.query_stride * head_dim,
             element_operations=4.0 * tokens * head_dim,
         )
+
+
+@lru_cache(maxsize=4)
+def _always_attended(grid: BlockGrid) -> Tensor:
+    """Sink and local blocks: bool `[query blocks, key blocks]`."""
+    mask = torch.zeros(grid.query_blocks, grid.key_blocks, dtype=torch.bool)
+    for index in range(grid.query_blocks):
+        sink_end, local_start, local_end = grid.always_attended(index)
+        mask[index, :sink_end] = mask[index, local_start:local_end] = True
+    return mask
+
+
+def _sink_local_log_sum_exp(head: Head, centre: Tensor, grid: BlockGrid) -> Tensor:
+    """`sink_local.sink_local_log_sum_exp` of one head, float32 `[rows]`, in few operations, without a loop."""
+    rows, block, local = grid.query_tokens, grid.query_block, grid.local_tokens
+    query = torch.nn.functional.pad(head.query32[head.first_row :] * head.scale, (0, 0, 0, -rows % block))
+    query = query.view(grid.query_blocks, block, -1)
+    keys = head.keys32 - centre
+    padded = torch.nn.functional.pad(keys[head.first_row - local :], (0, 0, 0, -rows % block))
+    windows = padded.unfold(0, local + block, block)  # [query blocks, d, local + block]
+    scores = torch.cat([query @ keys[: grid.sink_tokens].t(), query @ windows], dim=-1)
+    future = torch.ones(block, scores.shape[-1], dtype=torch.bool, device=scores.device)
+    scores.masked_fill_(future.triu_(grid.sink_tokens + local + 1), float("-inf"))
+    return torch.logsumexp(scores, dim=-1).flatten()[:rows]
 
 
 def _log_scores(query_codes: QueryCodes, key_codes: KeyCodes, at_one: Tensor, rows: Tensor, scale: float) -> Tensor:

@@ -28,7 +28,9 @@ from sale_fidelity.peers import (
 )
 from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 from sale_fidelity.peers.flexprefill import jensen_shannon_distance
+from sale_fidelity.peers.minference import diagonal_sums
 from sale_fidelity.peers.rule import block_means, cumulative_levels
+from sale_fidelity.peers.sale import _sink_local_log_sum_exp
 from sale_fidelity.peers.spargeattn import self_similarity
 
 TOKENS = 2048
@@ -259,12 +261,27 @@ class TestSale:
         assert int(differing.sum()) <= 1  # the block whose score is the threshold itself
         assert int(expected.sum()) > 100
 
+    @pytest.mark.parametrize("tokens", [TOKENS, 1999])
+    def test_takes_sink_and_local_keys_as_the_library_does(self, tokens: int) -> None:
+        query, keys = noise(tokens)
+        head, config = head_of(query, keys, first_row=512), SaleConfig()
+        grid, kv = BlockGrid.of(tokens - 512, tokens, config), KvView(keys[None, None], keys[None, None])
+        centre = default_key_centre(kv, config)
+        expected = sink_local_log_sum_exp(query[None, None, 512:], kv, centre, grid, head.scale)[0, 0]
+        torch.testing.assert_close(_sink_local_log_sum_exp(head, centre[0, 0], grid), expected)
+
     def test_refuses_a_geometry_that_does_not_compare(self) -> None:
         with pytest.raises(ValueError, match="query blocks of 64 and 8-bit codes"):
             Sale(config=SaleConfig(query_block=128)).levels(head_of(*noise()))
+        with pytest.raises(ValueError, match="first_row=128 is below 160"):
+            Sale().levels(head_of(*noise(), first_row=128))
 
 
 class TestParts:
+    def test_diagonal_sums_are_by_distance_of_row_and_key(self) -> None:
+        attention = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])  # rows 1 and 2 of three tokens
+        assert diagonal_sums(attention).tolist() == [2.0 + 5.0, 1.0 + 4.0, 3.0]
+
     def test_cumulative_levels_leave_an_elements_own_mass_out(self) -> None:
         levels = cumulative_levels(torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 0.0]]))
         assert torch.allclose(levels, torch.tensor([[0.8, 0.0, 0.5], [0.0, 0.0, 0.0]]))
