@@ -285,13 +285,13 @@ def _verdict(points: Sequence[Point], peers: Sequence[str], solved: Solved, targ
 def print_points(points: Sequence[dict[str, Any]], trace: str = "pooled") -> None:
     """The whole table of one trace, from `Point.summary`."""
     print(
-        f"\n{trace}\n{'solved':<8}{'target':<8}{'method':<16}{'density':>8}{'cost':>8}{'mean':>9}{'p99':>9}{'max':>9}"
+        f"\n{trace}\n{'solved':<8}{'target':<8}{'method':<24}{'density':>8}{'cost':>8}{'mean':>9}{'p99':>9}{'max':>9}"
     )
     for point in sorted(
         (one for one in points if one["trace"] == trace), key=lambda one: (one["solved"], one["target"])
     ):
         print(
-            f"{point['solved']:<8}{point['target']:<8g}{point['method']:<16}{point['density']:>8.3f}{point['cost']:>8.3f}"
+            f"{point['solved']:<8}{point['target']:<8g}{point['method']:<24}{point['density']:>8.3f}{point['cost']:>8.3f}"
             f"{point['mean']:>9.4f}{point['p99']:>9.4f}{point['max']:>9.3f}"
         )
 

@@ -34,6 +34,9 @@ def methods() -> tuple[Method, ...]:
         Method("SALE", (Sale(1),), is_peer=False),
         Method("SALE stride 2", (Sale(2),), is_peer=False),
         Method("SALE stride 4", (Sale(4),), is_peer=False),
+        # What the threshold's reference costs: not in the library, so no promise speaks of it.
+        Method("SALE sampled", (Sale(1, sampled_every=16),), is_peer=False),
+        Method("SALE sampled, stride 2", (Sale(2, sampled_every=16),), is_peer=False),
         Method("MInference", tuple(VerticalSlash(split) for split in SPLITS)),
         Method("FlexPrefill", (FlexPrefill(),)),
         Method("XAttention S=8", (XAttention(8),)),

@@ -20,6 +20,7 @@ from .rule import ALWAYS, NEVER, QUERY_BLOCK, Head, Levels
 
 # Rows whose products with all keys are made at a time: 32 MiB of int32 at 32K.
 _PIECE_ROWS = 256
+_SAMPLED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,21 @@ class Sale:
     Knob: -ln tau. A block comes in where tau falls below its largest estimated Relative Attention Score, so that one
     estimation answers for all thresholds; `Levels.kept(-ln tau)` is what `select_blocks` keeps at tau, but for scores
     within float32 rounding of it.
+
+    With `sampled_every` n, which the library does not have, a row's threshold is relative not to its sink-local sum L
+    alone but to an estimate of its whole sum: every n-th key between sink and local ones, weighted by n, is added. The
+    paper's L says little about a row whose mass is far away, and then its threshold is too low.
     """
 
     query_stride: int = 1
+    sampled_every: int = 0
     config: SaleConfig = field(default_factory=SaleConfig)
     name: str = "SALE"
 
     @property
     def setting(self) -> str:
-        """The query stride."""
-        return f"stride {self.query_stride}"
+        """The query stride, and how the whole sum is sampled."""
+        return f"stride {self.query_stride}" + (f", sampled {self.sampled_every}" if self.sampled_every else "")
 
     def levels(self, head: Head) -> Levels:
         """Minus the logarithm of each block's largest Relative Attention Score."""
@@ -52,6 +58,9 @@ class Sale:
         centre = default_key_centre(kv, self.config)
         query_codes, key_codes = quantise_query(query, grid, self.config), quantise_key(kv, centre, self.config)
         log_sum_exp = _sink_local_log_sum_exp(head, centre[0, 0], grid)
+        if self.sampled_every:
+            far = _sampled_log_sum_exp(head, centre[0, 0], grid, self.sampled_every)
+            log_sum_exp = torch.logaddexp(log_sum_exp, far)
         at_one = row_thresholds(log_sum_exp[None, None], query_codes, torch.zeros(1), head.scale)  # of tau = 1
         values = torch.full((grid.query_blocks, grid.key_blocks), NEVER, device=query.device)
         for rows, blocks in self._pieces(grid, head.tokens):
@@ -82,8 +91,9 @@ class Sale:
         """Exact sink-local scores, quantising queries and keys, and 8-bit products of every `query_stride`-th row."""
         config = self.config
         local = config.sink_tokens + config.local_tokens + config.query_block / 2
+        sampled = causal_pairs(tokens) / self.sampled_every if self.sampled_every else 0.0
         return EstimationCost(
-            multiply_adds=tokens * local * head_dim,
+            multiply_adds=(tokens * local + sampled) * head_dim,
             int8_multiply_adds=causal_pairs(tokens) / self.query_stride * head_dim,
             element_operations=4.0 * tokens * head_dim,
         )
@@ -111,6 +121,20 @@ def _sink_local_log_sum_exp(head: Head, centre: Tensor, grid: BlockGrid) -> Tens
     future = torch.ones(block, scores.shape[-1], dtype=torch.bool, device=scores.device)
     scores.masked_fill_(future.triu_(grid.sink_tokens + local + 1), float("-inf"))
     return torch.logsumexp(scores, dim=-1).flatten()[:rows]
+
+
+def _sampled_log_sum_exp(head: Head, centre: Tensor, grid: BlockGrid, every: int) -> Tensor:
+    """Log-sum-exp over every `every`-th key between sink and local ones, plus ln(every): float32 `[rows]`."""
+    positions = torch.arange(grid.sink_tokens + every // 2, head.tokens, every, device=centre.device)
+    keys = head.keys32[positions] - centre
+    pieces = []
+    for start in range(head.first_row, head.tokens, _SAMPLED_ROWS):
+        end = min(start + _SAMPLED_ROWS, head.tokens)
+        scores = (head.query32[start:end] * head.scale) @ keys.t()
+        blocks = torch.arange(start, end, device=centre.device) // grid.query_block * grid.query_block
+        scores.masked_fill_(positions >= (blocks - grid.local_tokens).unsqueeze(1), float("-inf"))
+        pieces.append(torch.logsumexp(scores, dim=-1))
+    return torch.cat(pieces) + math.log(every)
 
 
 def _log_scores(query_codes: QueryCodes, key_codes: KeyCodes, at_one: Tensor, rows: Tensor, scale: float) -> Tensor:

@@ -30,7 +30,7 @@ from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 from sale_fidelity.peers.flexprefill import jensen_shannon_distance
 from sale_fidelity.peers.minference import diagonal_sums
 from sale_fidelity.peers.rule import block_means, cumulative_levels
-from sale_fidelity.peers.sale import _sink_local_log_sum_exp
+from sale_fidelity.peers.sale import _sampled_log_sum_exp, _sink_local_log_sum_exp
 from sale_fidelity.peers.spargeattn import self_similarity
 
 TOKENS = 2048
@@ -269,6 +269,15 @@ class TestSale:
         centre = default_key_centre(kv, config)
         expected = sink_local_log_sum_exp(query[None, None, 512:], kv, centre, grid, head.scale)[0, 0]
         torch.testing.assert_close(_sink_local_log_sum_exp(head, centre[0, 0], grid), expected)
+
+    def test_a_sampled_sum_of_every_key_is_the_rows_whole_sum(self) -> None:
+        head, grid = head_of(*noise()), BlockGrid.of(1024, TOKENS, SaleConfig())
+        centre = torch.zeros(DIM)
+        far = _sampled_log_sum_exp(head, centre, grid, every=1)
+        near = _sink_local_log_sum_exp(head, centre, grid)
+        scores = (head.query[1024:] * head.scale) @ head.keys.t()
+        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1025), float("-inf"))
+        torch.testing.assert_close(torch.logaddexp(near, far), scores.logsumexp(dim=-1))
 
     def test_refuses_a_geometry_that_does_not_compare(self) -> None:
         with pytest.raises(ValueError, match="query blocks of 64 and 8-bit codes"):
