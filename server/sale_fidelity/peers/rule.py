@@ -127,7 +127,7 @@ class Levels:
         expected = (-(-(head.tokens - head.first_row) // QUERY_BLOCK), -(-head.tokens // key_block))
         if tuple(values.shape) != expected:
             raise ValueError(f"levels have shape {tuple(values.shape)}, not {expected} (query blocks, key blocks)")
-        self.values = values.masked_fill(self._visible_keys == 0, NEVER)
+        self.values = values.masked_fill(self._visible_keys(values.device) == 0, NEVER)
 
     @property
     def query_blocks(self) -> int:
@@ -165,19 +165,19 @@ class Levels:
         """The knob whose density is nearest to `density`; the least one there is where even that is more."""
         return self.curve.solve(density)
 
-    @cached_property
-    def _visible_keys(self) -> Tensor:
+    def _visible_keys(self, device: torch.device) -> Tensor:
         """Keys of each block that a query block's last row sees: int32 `[query blocks, key blocks]`."""
         blocks = -(-(self.tokens - self.first_row) // QUERY_BLOCK)
-        ends = torch.tensor([self.rows(index)[1] for index in range(blocks)], dtype=torch.int32)
-        starts = torch.arange(0, self.tokens, self.key_block, dtype=torch.int32)
+        ends = torch.tensor([self.rows(index)[1] for index in range(blocks)], dtype=torch.int32, device=device)
+        starts = torch.arange(0, self.tokens, self.key_block, dtype=torch.int32, device=device)
         return (ends.unsqueeze(1) - starts).clamp_(0, self.key_block)
 
     @cached_property
     def curve(self) -> DensityCurve:
         """The density at every knob that changes it."""
-        rows = torch.tensor([end - start for start, end in map(self.rows, range(self.query_blocks))])
-        weights = (self._visible_keys * rows.unsqueeze(1).to(torch.int32)).to(self.values.device)
+        sizes = [end - start for start, end in map(self.rows, range(self.query_blocks))]
+        rows = torch.tensor(sizes, dtype=torch.int32, device=self.values.device)
+        weights = self._visible_keys(self.values.device) * rows.unsqueeze(1)
         total = float(weights.sum(dtype=torch.float64))
         reachable = self.values < NEVER
         knobs, order = self.values[reachable].sort()
