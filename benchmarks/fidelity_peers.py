@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.attention_plot import WITHOUT_MATPLOTLIB, can_plot
 from benchmarks.attention_traces import Trace, load_trace, locate_traces
 from benchmarks.gpu_rows import Row, information, print_rows, write_rows
-from sale_fidelity.peers import Head, Levels, Method, methods, solve_shared
+from sale_fidelity.peers import SALE, SALE_SAMPLED, Head, Levels, Method, methods, solve_shared
 from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 
 #: Kept shares at which methods are compared; SALE's own, at tau 0.004 and 32K, is 0.16 over all heads of that model.
@@ -217,13 +217,27 @@ def peer_rows(
     densities: Sequence[float] = DENSITIES,
     costs: Sequence[float] = COSTS,
     compared: Sequence[Method] | None = None,
+    family: str = SALE,
+    required: Sequence[Solved] = ("head", "shared"),
     on_head: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Row]:
-    """The comparison as lines: required at each equal density, and for information at each equal cost.
+    """The comparison as lines, one for each way to solve the knob and each target.
 
-    The details of the first row hold every point of every trace (`Point.summary`), which
-    `benchmarks.fidelity_peers_plot` draws.
+    Args:
+        traces: on the device to compute on.
+        blocks: sampled query blocks a head.
+        densities: targets.
+        costs: targets.
+        compared: the methods; None for all.
+        family: which of SALE's variants stand against the peers.
+        required: the ways of solving whose lines must hold; the others inform.
+        on_head: told how many heads of a trace are done.
+
+    Returns:
+        The lines. The details of the first hold every point of every trace (`Point.summary`) as "points", which
+        `benchmarks.fidelity_peers_plot` draws.
     """
+    compared = methods() if compared is None else compared
     points = [
         point
         for trace in traces
@@ -231,11 +245,12 @@ def peer_rows(
             trace, blocks=blocks, densities=densities, costs=costs, compared=compared, on_head=on_head
         )
     ]
-    peers = [method.name for method in (methods() if compared is None else compared) if method.is_peer]
     points += pooled(points)
-    rows = [_verdict(points, peers, "head", density, required=True) for density in densities]
-    rows += [_verdict(points, peers, "shared", density, required=False) for density in densities]
-    rows += [_verdict(points, peers, "cost", cost, required=False) for cost in costs]
+    targets: list[tuple[Solved, float]] = [("head", density) for density in densities]
+    targets += [("shared", density) for density in densities] + [("cost", cost) for cost in costs]
+    rows = [
+        _verdict(points, compared, solved, target, family, required=solved in required) for solved, target in targets
+    ]
     rows[0].details["points"] = [point.summary() for point in points]
     return rows
 
@@ -247,39 +262,59 @@ _TITLES: dict[Solved, str] = {
 }
 
 
-def _verdict(points: Sequence[Point], peers: Sequence[str], solved: Solved, target: float, required: bool) -> Row:
-    """SALE (every row inspected; at equal cost the best of its strides) against the best peer."""
-    at_target = [point for point in points if point.solved == solved and point.target == target]
+@dataclass(frozen=True)
+class _Duel:
+    """Ours against the best peer on one trace, by p99."""
+
+    trace: str
+    ours: str
+    our_errors: ErrorSummary
+    rival: str
+    rival_errors: ErrorSummary
+
+    @property
+    def won(self) -> bool:
+        return self.our_errors.p99 < self.rival_errors.p99
+
+
+def _verdict(
+    points: Sequence[Point], compared: Sequence[Method], solved: Solved, target: float, family: str, required: bool
+) -> Row:
+    """`family` with every row inspected (at equal cost, with its best stride) against the best peer of each trace."""
+    ours = [method.name for method in compared if method.family == family]
+    ours = ours if solved == "cost" else ours[:1]
+    peers = [method.name for method in compared if method.is_peer]
     by_trace: dict[str, dict[str, ErrorSummary]] = {}
-    for point in at_target:
-        by_trace.setdefault(point.trace, {})[point.method] = ErrorSummary.of(point.errors)
-    won, lines = [], []
-    for trace, found in by_trace.items():
-        ours = {name: found[name] for name in found if name not in peers and (solved == "cost" or name == "SALE")}
-        theirs = {name: found[name] for name in found if name in peers}
-        if not ours or not theirs:
-            continue
-        best = min(ours, key=lambda name: ours[name].p99)
-        rival = min(theirs, key=lambda name: theirs[name].p99)
-        if ours[best].p99 < theirs[rival].p99:
-            won.append(trace)
-        lines.append((trace, best, ours[best], rival, theirs[rival]))
+    for point in points:
+        if point.solved == solved and point.target == target:
+            by_trace.setdefault(point.trace, {})[point.method] = ErrorSummary.of(point.errors)
     title = _TITLES[solved].format(target)
-    if not lines:
-        return information(title, "SALE's estimation alone costs more")
-    _, best, ours_pooled, rival, rival_pooled = next(line for line in lines if line[0] == "pooled")
-    traces = len(lines) - 1
-    enough = "pooled" in won and len(won) - 1 >= _TRACES_TO_WIN * traces
+    duels = [duel for trace, found in by_trace.items() if (duel := _duel(trace, found, ours, peers)) is not None]
+    if not duels:
+        return information(title, f"the estimation of {family} alone costs more")
+    whole = next(duel for duel in duels if duel.trace == "pooled")
+    single = [duel for duel in duels if duel.trace != "pooled"]
+    won = [duel.trace for duel in single if duel.won]
     measured = (
-        f"{best} {ours_pooled.p99:.3f} (max {ours_pooled.max:.2f}), {rival} {rival_pooled.p99:.3f} "
-        f"(max {rival_pooled.max:.2f}); below on {len(won) - ('pooled' in won)} of {traces} traces"
+        f"{whole.ours} {whole.our_errors.p99:.3f} (max {whole.our_errors.max:.2f}), {whole.rival} "
+        f"{whole.rival_errors.p99:.3f} (max {whole.rival_errors.max:.2f}); below on {len(won)} of {len(single)} traces"
     )
-    details = {
-        trace: {name: asdict(summary) for name, summary in sorted(found.items())} for trace, found in by_trace.items()
-    }
+    details: dict[str, Any] = {"below_pooled": whole.won, "below_on": won}
+    for trace, found in by_trace.items():
+        details[trace] = {name: asdict(summary) for name, summary in found.items()}
     if not required:
-        return information(title, measured, below_on=won, **details)
-    return Row(title, "below every peer, pooled and on 3 of 4", "", measured, enough, {"below_on": won, **details})
+        return information(title, measured, **details)
+    passed = whole.won and len(won) >= _TRACES_TO_WIN * len(single)
+    return Row(title, "below every peer, pooled and on 3 of 4", "", measured, passed, details)
+
+
+def _duel(trace: str, found: Mapping[str, ErrorSummary], ours: Sequence[str], peers: Sequence[str]) -> _Duel | None:
+    """None where none of ours, or no peer, can be had for so little."""
+    mine = min((name for name in ours if name in found), key=lambda name: found[name].p99, default=None)
+    rival = min((name for name in peers if name in found), key=lambda name: found[name].p99, default=None)
+    if mine is None or rival is None:
+        return None
+    return _Duel(trace, mine, found[mine], rival, found[rival])
 
 
 def print_points(points: Sequence[dict[str, Any]], trace: str = "pooled") -> None:
@@ -310,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="only the first so many tokens of each trace")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="sampled query blocks a head")
     parser.add_argument("--only", type=int, nargs="+", help="places of the traces to take, from 0")
+    parser.add_argument("--family", choices=(SALE, SALE_SAMPLED), default=SALE, help="which stands against the peers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
@@ -321,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def tell(done: int, total: int) -> None:
         print(f"{time.perf_counter() - started:6.0f} s: head {done} of {total}", file=sys.stderr, flush=True)
 
-    rows = peer_rows(traces, blocks=options.blocks, on_head=tell)
+    rows = peer_rows(traces, blocks=options.blocks, family=options.family, on_head=tell)
     points = rows[0].details["points"]
     for trace in (*(trace.name for trace in traces), "pooled"):
         print_points(points, trace)
