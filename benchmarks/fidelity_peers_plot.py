@@ -24,6 +24,7 @@ def plot(points: Sequence[dict[str, Any]], file: Path, trace: str = "pooled") ->
     from matplotlib import pyplot
 
     chosen = [point for point in points if point["trace"] == trace]
+    colours = mpl.colormaps["tab20"]
     names = list(dict.fromkeys(point["method"] for point in chosen))
     figure, grid = pyplot.subplots(len(_ERRORS), len(_SOLVED), figsize=(13, 11), layout="constrained", sharey="row")
     for axes_row, (error, label) in zip(grid, _ERRORS.items(), strict=True):
@@ -39,7 +40,7 @@ def plot(points: Sequence[dict[str, Any]], file: Path, trace: str = "pooled") ->
                     [x for x, _ in line],
                     [y for _, y in line],
                     "o-" if ours else "s--",
-                    color=f"C{place}",
+                    color=colours(place),
                     linewidth=2.0 if ours else 1.2,
                     markersize=4,
                     label=name,
@@ -48,7 +49,7 @@ def plot(points: Sequence[dict[str, Any]], file: Path, trace: str = "pooled") ->
             axes.set(xlabel=title)
             axes.grid(alpha=0.3, which="both")
         axes_row[0].set(ylabel=label)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"attention outputs against dense, {trace}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -46,6 +46,7 @@ def methods() -> tuple[Method, ...]:
         # Not in the library: what a better reference for the threshold would give.
         Method("SALE sampled", (Sale(1, sampled_every=16),), SALE_SAMPLED),
         Method("SALE sampled, stride 2", (Sale(2, sampled_every=16),), SALE_SAMPLED),
+        Method("SALE sampled, stride 4", (Sale(4, sampled_every=16),), SALE_SAMPLED),
         Method("MInference", tuple(VerticalSlash(split) for split in SPLITS)),
         Method("FlexPrefill", (FlexPrefill(),)),
         Method("XAttention S=8", (XAttention(8),)),
