@@ -17,7 +17,7 @@ from sale_attention.crossover import costs_of
 from sale_attention.profile import Geometry, HeadSetting, Level
 from sale_prefill_client._version import __version__
 from sale_prefill_server.models import ModelError
-from sale_prefill_server.models.cache import cache_root
+from sale_prefill_server.models.cache import default_cache_dir
 
 from .calibration import levels, run
 from .calibration.paper import THETA
@@ -29,8 +29,8 @@ EXIT_OK = 0
 EXIT_ERROR = 1
 #: Levels of a profile, as multiples of the budget asked for, so that requests can name their own.
 _BUDGET_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-#: Most a token's predictions may change, in nats, where nobody says otherwise: 98.8 % of the default model's most likely
-#: next tokens stay, over ten documents from 2K to 8K (one H100, float32, 2026-11-25).
+#: Most a token's predictions may change, in nats, where nobody says otherwise: 98.8 % of the default model's most
+#: likely next tokens stay, over ten documents from 2K to 8K (one H100, float32, 2026-11-25).
 DEFAULT_ERROR_BUDGET = 0.001
 
 
@@ -69,7 +69,8 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
         return EXIT_ERROR
     for level in profile.levels:
         _say(
-            f"error budget {level.error_budget:g}: density {level.density:.3f}, cost {level.estimated_cost:.3f} of dense, "
+            f"error budget {level.error_budget:g}: density {level.density:.3f}, "
+            f"cost {level.estimated_cost:.3f} of dense, "
             f"mean row error {level.mean_error:.4f}, p99 {level.p99_error:.4f}"
         )
     _say(f"written: {arguments.output}; serve it: sale-prefill serve --model MODEL --profile {arguments.output}")
@@ -111,7 +112,7 @@ def calibrate(
     short = [document.name for document in documents if len(document.token_ids) <= options.config.dense_rows]
     if short:
         raise ValueError(f"too short to calibrate on (up to {options.config.dense_rows} tokens): {', '.join(short)}")
-    root = (cache_root() / "calibration") if state_root is None else state_root
+    root = (default_cache_dir() / "calibration") if state_root is None else state_root
     state = CalibrationState(root, run.state_inputs(model, documents, options))
     passes = 2 * len(documents) + (method == "paper")
     with tqdm(total=passes * model.num_layers, unit="layer", desc="calibrating") as progress:
@@ -165,7 +166,9 @@ def _levels(
 def _setting_of(tau: float, settings: tuple[HeadSetting, ...]) -> int:
     if tau == 0:
         return len(settings) - 1
-    sparse = [index for index, setting in enumerate(settings) if setting.strategy == "sparse" and setting.query_stride == 1]
+    sparse = [
+        index for index, setting in enumerate(settings) if setting.strategy == "sparse" and setting.query_stride == 1
+    ]
     return min(sparse, key=lambda index: abs((settings[index].tau or 0.0) - tau))
 
 
