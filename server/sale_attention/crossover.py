@@ -97,7 +97,7 @@ def costs_of(backend: str, head_dim: int, device_type: str = "cpu") -> Attention
 # 512 rows at the end of 2048 keys, idle machine, 2026-11-24: `python -m benchmarks.attention_costs` prints such rows.
 # CUDA: one H100, 65,536 tokens, 2026-11-25 (docs/cuda-kernels.md). There a row costs 0.4; what it has here is its share
 # of the fixed costs of a call, which decide near the crossover: with 1.8, sparse rows start at 4,224 at stride 2. A
-# prompt of 4K is then dense (239 us; sparse from 3,072 on 282, cuDNN 266), one of 6K takes 470 (dense 492, cuDNN 540).
+# prompt of 4K is then dense (239 us; sparse from 3,072 on 282, cuDNN 266), one of 6K takes 475 (dense 492, cuDNN 540).
 _COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {
     "cpu-avx512": {64: (0.719, 0.140, 0.758, 178.5), 128: (1.313, 0.268, 1.358, 312.7)},
     "cpu-avx512_vnni": {64: (1.312, 0.142, 1.341, 171.7), 128: (2.529, 0.263, 2.557, 318.6)},
