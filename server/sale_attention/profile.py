@@ -386,8 +386,9 @@ class _Reader:
 def shipped_profile(fingerprint: ModelFingerprint) -> Profile | None:
     """The profile in this package that belongs to the model, if there is one."""
     folder = resources.files(__package__).joinpath("profiles")
-    files = sorted(folder.iterdir(), key=lambda entry: entry.name) if folder.is_dir() else []
-    for file in files:
+    if not folder.is_dir():
+        return None
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".json") and fingerprint.weights in (text := file.read_text()):
             return loads_profile(text)
     return None

@@ -143,18 +143,12 @@ class Guard:
             tiles += [Tile(layer, head, position) for head in heads]
         return Audit(tiles, query_block) if tiles else None
 
-    def finish(self, audit: Audit, level: int | None, *, counts: bool = True) -> GuardReport | None:
-        """Judges what was found; None where nothing was.
-
-        Args:
-            audit: from `begin`.
-            level: the profile's level that the session has.
-            counts: False where a caller chose what heads do: nobody expected anything of that.
-        """
+    def finish(self, audit: Audit, level: int | None) -> GuardReport | None:
+        """Judges what was found, in a session of the profile's level `level`; None where nothing was."""
         tiles = audit.results()
         if not tiles:
             return None
-        report = GuardReport(tuple(tiles), tuple(self._judge(tiles, level)) if counts else ())
+        report = GuardReport(tuple(tiles), tuple(self._judge(tiles, level)))
         for alert in report.alerts:
             logger.warning(
                 "guard: layer %d%s loses %.3f of its output where %.3f was expected%s",
