@@ -85,6 +85,10 @@ class Geometry:
         """That of `config`."""
         return cls(**{item.name: getattr(config, item.name) for item in dataclasses.fields(cls)})
 
+    def applied_to(self, config: SaleConfig) -> SaleConfig:
+        """`config` with these blocks; its own query block stays, since that is the one that its backend is made for."""
+        return dataclasses.replace(config, **{**dataclasses.asdict(self), "query_block": config.query_block})
+
 
 @dataclass(frozen=True)
 class Profile:

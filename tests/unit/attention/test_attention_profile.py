@@ -173,3 +173,21 @@ def test_a_fingerprint_notices_one_changed_weight(module: torch.nn.Module) -> No
     assert ModelFingerprint.of(module).differences(expected)[0].startswith("weights")
     with torch.no_grad():
         weight[0, 0] -= 1
+
+
+def test_a_fingerprint_tells_scaled_rotary_embeddings_apart(module: torch.nn.Module) -> None:
+    plain = ModelFingerprint.of(module)
+    before = module.config.rope_parameters
+    module.config.rope_parameters = {**before, "rope_type": "linear", "factor": 4.0}
+    try:
+        scaled = ModelFingerprint.of(module)
+    finally:
+        module.config.rope_parameters = before
+    assert scaled.differences(plain)[0].startswith("weights")
+    assert ModelFingerprint.of(module) == plain
+
+
+def test_geometry_leaves_the_query_block_to_the_backend() -> None:
+    geometry = Geometry(query_block=64, key_block=32, sink_tokens=64, local_tokens=256, code_bits=8)
+    applied = geometry.applied_to(SaleConfig(query_block=128, dense_rows=2048))
+    assert applied == SaleConfig(query_block=128, sink_tokens=64, local_tokens=256, dense_rows=2048)
