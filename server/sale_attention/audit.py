@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Audit:
         for tile in self.tiles:
             self._waiting.setdefault(tile.layer, {}).setdefault(tile.position, []).append(tile)
         self._query_block = query_block
-        self._found: list[tuple[list[Tile], int, Tensor]] = []
+        self._found: list[_Found] = []
 
     def observe(self, layer: int, query: Tensor, kv: KvView, output: Tensor, lse: Tensor, scale: float) -> None:
         """Looks at this layer's tiles among the rows of one call; does not wait for the device.
@@ -92,17 +93,33 @@ class Audit:
             queries, outputs, kept_lse = (
                 torch.stack([tensor[0, tile.head, rows] for tile in tiles]) for tensor in (query, output, lse)
             )
-            exact, all_lse = exact_attention(queries, kv.prefix(end), [tile.head // group for tile in tiles], scale)
-            figures = _figures(outputs.to(exact.dtype), kept_lse, exact, all_lse)
-            self._found.append((tiles, end - start, figures))
+            kv_heads = [tile.head // group for tile in tiles]
+            exact, exact_lse = exact_attention(queries, kv.prefix(end), kv_heads, scale)
+            self._found.append(_Found(tiles, end - start, outputs, kept_lse, exact, exact_lse))
 
     def results(self) -> list[TileResult]:
         """What was found so far; waits for the device."""
-        if not self._found:
-            return []
-        figures = torch.cat([found for _, _, found in self._found]).cpu().tolist()
-        seen = [(tile, rows) for tiles, rows, _ in self._found for tile in tiles]
-        return [TileResult(tile, rows, *values) for (tile, rows), values in zip(seen, figures, strict=True)]
+        results = []
+        # All layers at once: dozens of small operations that a GPU would else do for each.
+        for rows in sorted({found.rows for found in self._found}, reverse=True):
+            alike = [found for found in self._found if found.rows == rows]
+            columns = ([getattr(found, name) for found in alike] for name in ("output", "lse", "exact", "exact_lse"))
+            figures = _figures(*(torch.cat(column) for column in columns)).cpu().tolist()
+            tiles = [tile for found in alike for tile in found.tiles]
+            results += [TileResult(tile, rows, *values) for tile, values in zip(tiles, figures, strict=True)]
+        return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Tiles of one layer at one position: outputs `[tiles, rows, d_v]`, log-sum-exps `[tiles, rows]`, kept and exact."""
+
+    tiles: list[Tile]
+    rows: int
+    output: Tensor
+    lse: Tensor
+    exact: Tensor
+    exact_lse: Tensor
 
 
 def _figures(output: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> Tensor:
@@ -110,7 +127,7 @@ def _figures(output: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> T
 
     Where dense attention is not finite either, nothing was lost: SALE shows what cannot be judged.
     """
-    error = (output - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-20)
+    error = (output.to(exact.dtype) - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-20)
     error = error.nan_to_num(nan=LARGEST_ERROR).clamp(max=LARGEST_ERROR)
     mass = (lse - exact_lse).exp().nan_to_num(nan=0.0).clamp(max=1.0)
     judged = exact.isfinite().all(dim=-1) & exact_lse.isfinite()
@@ -130,21 +147,26 @@ def exact_attention(query: Tensor, kv: KvView, kv_heads: Sequence[int], scale: f
     Returns:
         Outputs `[heads, rows, d_v]` and natural log-sum-exps `[heads, rows]`.
     """
-    heads, rows, _ = query.shape
+    rows, tokens = query.shape[1], kv.tokens
     work = torch.promote_types(query.dtype, torch.float32)
-    scaled, first = query.to(work) * scale, kv.tokens - rows
-    output, lse = scaled.new_zeros(heads, rows, kv.value_dim), scaled.new_full((heads, rows, 1), float("-inf"))
-    for start in range(0, kv.tokens, _KEY_PIECE):
-        end = min(start + _KEY_PIECE, kv.tokens)
+    scaled = query.to(work) * scale
+    # Cut before the rows' own positions, so that every row sees a key of every piece.
+    cuts = [*range(0, max(1, tokens - rows), _KEY_PIECE), tokens]
+    parts = []
+    for start, end in pairwise(cuts):
         keys, values = (
             torch.stack([part[0, head] for head in kv_heads]).to(work)
             for part in (kv.keys_between(start, end), kv.values_between(start, end))
         )
         scores = scaled @ keys.mT
-        if end > first:
-            positions = torch.arange(first, kv.tokens, device=query.device).unsqueeze(1)
-            scores.masked_fill_(torch.arange(start, end, device=query.device) > positions, float("-inf"))
-        joint = torch.logaddexp(lse, scores.logsumexp(dim=-1, keepdim=True))
-        output = output * (lse - joint).exp() + (scores - joint).exp() @ values
-        lse = joint
-    return output, lse.squeeze(-1)
+        if end == tokens:
+            future = torch.ones(rows, end - start, dtype=torch.bool, device=query.device)
+            scores.masked_fill_(future.triu(tokens - rows - start + 1), float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        # The largest weight is 1 / sum(exp(s - max)).
+        parts.append((weights @ values, scores.amax(dim=-1) - weights.amax(dim=-1).log()))
+    if len(parts) == 1:
+        return parts[0]
+    outputs, sums = (torch.stack(column) for column in zip(*parts, strict=True))
+    lse = sums.logsumexp(dim=0)
+    return (outputs * (sums - lse).exp().unsqueeze(-1)).sum(dim=0), lse

@@ -93,7 +93,7 @@ def test_exact_attention_in_pieces_of_the_keys_is_that_of_one_piece(
     rows = query[0, :, -80:].double()
     exact_kv = KvView(kv.keys.double(), kv.values.double())
     expected = exact_attention(rows, exact_kv, [0, 0, 1, 1], 0.125)
-    monkeypatch.setattr("sale_attention.audit._KEY_PIECE", 100)  # the last piece ends between two rows
+    monkeypatch.setattr("sale_attention.audit._KEY_PIECE", 100)
     for ours, theirs in zip(exact_attention(rows, exact_kv, [0, 0, 1, 1], 0.125), expected, strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
