@@ -112,7 +112,7 @@ class Audit:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Tiles of one layer at one position: outputs `[tiles, rows, d_v]`, log-sum-exps `[tiles, rows]`, kept and exact."""
+    """Tiles of one layer at one position: outputs `[tiles, rows, d_v]`, log-sum-exps `[tiles, rows]`; kept, exact."""
 
     tiles: list[Tile]
     rows: int
