@@ -135,9 +135,9 @@ def _healthy_row(model: FidelityModel, profile: Profile, count: int) -> Row:
     means = f"mean error {statistics.mean(errors):.4f}, kept mass {statistics.mean(masses):.4f}"
     measured = f"{len(alerts)} alerts in {count}; {means}"
     assert engine.guard is not None
-    scores = sorted(engine.guard.scores().items(), key=lambda item: -item[1])[:5]
+    sums = sorted(engine.guard.layer_sums().items(), key=lambda item: -item[1])[:5]
     line = f"guard: alerts in {HEALTHY} healthy requests of 8K, all sampled"
-    details = {"alerts": [vars(alert) for alert in alerts], "highest_sums_at_the_end": [[*key, s] for key, s in scores]}
+    details = {"alerts": [vars(alert) for alert in alerts], "highest_sums_at_the_end": sums}
     return Row(line, "none", "", measured, not alerts and count >= HEALTHY, details)
 
 
@@ -152,7 +152,7 @@ def _fault_row(model: FidelityModel, profile: Profile, layer: int) -> Row:
         for alert in () if report is None else report.alerts:
             found = min(found, reports) if alert.layer == layer else found
             dense = min(dense, reports) if alert.layer == layer and alert.dense else dense
-    strangers = engine.guard.suspect_layers - {layer}
+    strangers = (engine.guard.suspect_layers | {at for at, _ in engine.guard.guilty_heads}) - {layer}
     measured = f"found after {found:g}, first head dense after {dense:g}; other layers accused: {len(strangers)}"
     line = f"guard: thresholds of layer {layer} 50x too high, found and dense within sampled requests of 8K"
     return Row(line, f"<= {WITHIN}, no other", "", measured, dense <= WITHIN and not strangers)

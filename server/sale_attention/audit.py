@@ -7,8 +7,9 @@ The share of the attention mass that the kept keys hold needs no list of them: i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 from .kv_view import KvView
 
 logger = logging.getLogger(__name__)
+
+#: Errors above this, and outputs that are not finite where dense attention's are, count as this.
+LARGEST_ERROR = 10.0
+# Keys at a time, so that scratch memory does not grow with them.
+_KEY_PIECE = 8192
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,21 @@ class TileResult:
 class Audit:
     """The tiles to look at in one prefill, and what was found; used from one thread.
 
+    Tiles of one layer at one position are computed together: on a GPU they cost hardly more than one of them. Where
+    the device has no memory for that, nothing more is looked at: an audit never ends a request.
+
     Args:
         tiles: which; a tile whose position no call brings stays unseen.
         query_block: rows of a tile.
     """
 
     def __init__(self, tiles: Iterable[Tile], query_block: int) -> None:
-        self._waiting: dict[int, list[Tile]] = {}
-        for tile in tiles:
-            self._waiting.setdefault(tile.layer, []).append(tile)
+        self.tiles = tuple(tiles)
+        self._waiting: dict[int, dict[int, list[Tile]]] = {}
+        for tile in self.tiles:
+            self._waiting.setdefault(tile.layer, {}).setdefault(tile.position, []).append(tile)
         self._query_block = query_block
-        self._found: list[tuple[Tile, int, Tensor]] = []
+        self._found: list[_Found] = []
 
     def observe(self, layer: int, query: Tensor, kv: KvView, output: Tensor, lse: Tensor, scale: float) -> None:
         """Looks at this layer's tiles among the rows of one call; does not wait for the device.
@@ -67,48 +77,96 @@ class Audit:
         """
         try:
             self._look(layer, query, kv, output, lse, scale)
-        except torch.OutOfMemoryError as error:  # an audit never ends a request
+        except torch.OutOfMemoryError as error:
             logger.warning("layer %d is not audited, nor those after it: %s", layer, error)
             self._waiting.clear()
 
     def _look(self, layer: int, query: Tensor, kv: KvView, output: Tensor, lse: Tensor, scale: float) -> None:
-        offset = kv.tokens - query.shape[2]
-        for tile in self._waiting.get(layer, ()):
-            block = tile.position // self._query_block * self._query_block
+        offset, group = kv.tokens - query.shape[2], query.shape[1] // kv.kv_heads
+        for position, tiles in self._waiting.get(layer, {}).items():
+            block = position // self._query_block * self._query_block
             start, end = max(block, offset), min(block + self._query_block, kv.tokens)
-            if not start <= tile.position < end:
+            if not start <= position < end:
                 continue
             rows = slice(start - offset, end - offset)
-            kv_head = kv.kv_head(tile.head // (query.shape[1] // kv.kv_heads)).prefix(end)
-            exact, all_lse = exact_attention(query[0, tile.head, rows], kv_head, scale)
-            error = (output[0, tile.head, rows].float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-20)
-            mass = (lse[0, tile.head, rows] - all_lse).exp().clamp(max=1.0)
-            figures = torch.stack([mass.mean(), mass.min(), error.mean(), error.max()])
-            self._found.append((tile, end - start, figures))
+            # Stacked views: an index tensor would have to be sent to the device.
+            queries, outputs, kept_lse = (
+                torch.stack([tensor[0, tile.head, rows] for tile in tiles]) for tensor in (query, output, lse)
+            )
+            kv_heads = [tile.head // group for tile in tiles]
+            exact, exact_lse = exact_attention(queries, kv.prefix(end), kv_heads, scale)
+            self._found.append(_Found(tiles, end - start, outputs, kept_lse, exact, exact_lse))
 
     def results(self) -> list[TileResult]:
         """What was found so far; waits for the device."""
-        if not self._found:
-            return []
-        figures = torch.stack([found for _, _, found in self._found]).cpu().tolist()
-        return [TileResult(tile, rows, *values) for (tile, rows, _), values in zip(self._found, figures, strict=True)]
+        results = []
+        # All layers at once: dozens of small operations that a GPU would else do for each.
+        for rows in sorted({found.rows for found in self._found}, reverse=True):
+            alike = [found for found in self._found if found.rows == rows]
+            columns = ([getattr(found, name) for found in alike] for name in ("output", "lse", "exact", "exact_lse"))
+            figures = _figures(*(torch.cat(column) for column in columns)).cpu().tolist()
+            tiles = [tile for found in alike for tile in found.tiles]
+            results += [TileResult(tile, rows, *values) for tile, values in zip(tiles, figures, strict=True)]
+        return results
 
 
-def exact_attention(query: Tensor, kv: KvView, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention in float32 of rows that stand at the end of one head's keys.
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Tiles of one layer at one position: outputs `[tiles, rows, d_v]`, log-sum-exps `[tiles, rows]`; kept, exact."""
+
+    tiles: list[Tile]
+    rows: int
+    output: Tensor
+    lse: Tensor
+    exact: Tensor
+    exact_lse: Tensor
+
+
+def _figures(output: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> Tensor:
+    """Kept mass (mean, least) and error (mean, largest) by tile: float32 `[tiles, 4]`, finite.
+
+    Where dense attention is not finite either, nothing was lost: SALE shows what cannot be judged.
+    """
+    error = (output.to(exact.dtype) - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-20)
+    error = error.nan_to_num(nan=LARGEST_ERROR).clamp(max=LARGEST_ERROR)
+    mass = (lse - exact_lse).exp().nan_to_num(nan=0.0).clamp(max=1.0)
+    judged = exact.isfinite().all(dim=-1) & exact_lse.isfinite()
+    error, mass = error.where(judged, 0.0), mass.where(judged, 1.0)
+    return torch.stack([mass.mean(-1), mass.amin(-1), error.mean(-1), error.amax(-1)], dim=-1).float()
+
+
+def exact_attention(query: Tensor, kv: KvView, kv_heads: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of some rows of some heads, in float32 (float64 of float64), in pieces of the keys.
 
     Args:
-        query: `[rows, d]`.
-        kv: one sequence, one KV head.
+        query: `[heads, rows, d]`, the last positions of `kv`.
+        kv: keys and values; the first sequence counts.
+        kv_heads: one a query head: the KV head that it reads.
         scale: softmax scale.
 
     Returns:
-        Outputs float32 `[rows, d_v]` and natural log-sum-exps float32 `[rows]`.
+        Outputs `[heads, rows, d_v]` and natural log-sum-exps `[heads, rows]`.
     """
-    rows, tokens = query.shape[0], kv.tokens
-    keys, values = kv.keys_between(0, tokens)[0, 0].float(), kv.values_between(0, tokens)[0, 0].float()
-    scores = query.float() @ keys.T * scale
-    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    scores[:, tokens - rows :].masked_fill_(future, float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse.unsqueeze(1)).exp() @ values, lse
+    rows, tokens = query.shape[1], kv.tokens
+    work = torch.promote_types(query.dtype, torch.float32)
+    scaled = query.to(work) * scale
+    # Cut before the rows' own positions, so that every row sees a key of every piece.
+    cuts = [*range(0, max(1, tokens - rows), _KEY_PIECE), tokens]
+    parts = []
+    for start, end in pairwise(cuts):
+        keys, values = (
+            torch.stack([part[0, head] for head in kv_heads]).to(work)
+            for part in (kv.keys_between(start, end), kv.values_between(start, end))
+        )
+        scores = scaled @ keys.mT
+        if end == tokens:
+            future = torch.ones(rows, end - start, dtype=torch.bool, device=query.device)
+            scores.masked_fill_(future.triu(tokens - rows - start + 1), float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        # The largest weight is 1 / sum(exp(s - max)).
+        parts.append((weights @ values, scores.amax(dim=-1) - weights.amax(dim=-1).log()))
+    if len(parts) == 1:
+        return parts[0]
+    outputs, sums = (torch.stack(column) for column in zip(*parts, strict=True))
+    lse = sums.logsumexp(dim=0)
+    return (outputs * (sums - lse).exp().unsqueeze(-1)).sum(dim=0), lse

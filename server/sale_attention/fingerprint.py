@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ class ModelFingerprint:
     """A model as far as its attention is concerned.
 
     `weights` is a SHA-256 over the names, shapes and sixteen evenly spaced values of every parameter, rounded to
-    bfloat16, so that device and element type do not matter where the stored values are the same.
+    bfloat16, so that device and element type (bfloat16, float32) do not matter where the stored values are the same;
+    and over the rotary scaling where there is one, since the same weights then have other keys.
     """
 
     architecture: str
@@ -42,7 +44,7 @@ class ModelFingerprint:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocabulary_size=config.vocab_size,
-            weights=_digest_of_weights(module),
+            weights=_digest_of_weights(module, _rotary_scaling(config)),
         )
 
     def differences(self, other: ModelFingerprint) -> list[str]:
@@ -54,12 +56,21 @@ class ModelFingerprint:
         ]
 
 
-def _digest_of_weights(module: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _rotary_scaling(config: Any) -> str:
+    """The parameters of a rotary embedding that is scaled, as JSON; empty for a plain one."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    plain = parameters.get("rope_type", "default") == "default"
+    return "" if plain else json.dumps(parameters, sort_keys=True, default=str)
+
+
+def _digest_of_weights(module: nn.Module, rotary_scaling: str) -> str:
+    digest = hashlib.sha256(rotary_scaling.encode())
     for name, weight in sorted(module.named_parameters()):
         flat = weight.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-        sample = flat[index.to(flat.device)].to(torch.bfloat16).to("cpu", torch.float32)
+        last = flat.numel() - 1
+        # Whole numbers: what a float rounds to may differ from one machine to another.
+        index = [last * step // (_SAMPLES - 1) for step in range(_SAMPLES)]
+        sample = flat[torch.tensor(index, device=flat.device)].to(torch.bfloat16).to("cpu", torch.float32)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -85,6 +86,10 @@ class Geometry:
         """That of `config`."""
         return cls(**{item.name: getattr(config, item.name) for item in dataclasses.fields(cls)})
 
+    def applied_to(self, config: SaleConfig) -> SaleConfig:
+        """`config` with these blocks; its own query block stays, since that is the one that its backend is made for."""
+        return dataclasses.replace(config, **{**dataclasses.asdict(self), "query_block": config.query_block})
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -156,7 +161,8 @@ def _tau(setting: HeadSetting) -> float:
 def dumps_profile(profile: Profile) -> str:
     """The file's text."""
     content = _content(profile)
-    return json.dumps({**content, "checksum": _digest(content)}, indent=1, allow_nan=False) + "\n"
+    checksums = {"checksum": _digest(content), "checksums": _digests_by_part(content)}
+    return json.dumps({**content, **checksums}, indent=1, allow_nan=False) + "\n"
 
 
 def save_profile(profile: Profile, path: Path) -> None:
@@ -193,7 +199,15 @@ def _level_content(level: Level) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _digests_by_part(content: Mapping[str, Any]) -> dict[str, str]:
+    """Short digests by which a reader can say what was edited; one of the whole decides whether anything was."""
+    parts = {name: part for name, part in content.items() if name != "levels"}
+    for index, level in enumerate(content["levels"]):
+        parts |= {f"levels[{index}].{name}": part for name, part in level.items()}
+    return {name: _digest(part)[:12] for name, part in parts.items()}
+
+
+def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -221,6 +235,8 @@ def loads_profile(text: str) -> Profile:
     """The profile in a file's text. Raises `ProfileError` as `load_profile` does."""
     try:
         data = json.loads(text)
+    except RecursionError:
+        raise ProfileError("the file: nested too deeply for a profile: calibrate again") from None
     except json.JSONDecodeError as error:
         raise ProfileError(
             f"not whole JSON, line {error.lineno}: {error.msg}; the file was cut short or edited: calibrate again"
@@ -231,10 +247,20 @@ def loads_profile(text: str) -> Profile:
     if top.take("version", int) != VERSION:
         raise top.bad("version", f"this release reads version {VERSION}: calibrate again with it")
     profile = _read(top)
-    content = {name: value for name, value in data.items() if name != "checksum"}
-    if top.take("checksum", str) != _digest(content):
-        raise top.bad("checksum", "the content was changed after calibration; calibrate again instead of editing")
+    _check_unedited(top)
     return profile
+
+
+def _check_unedited(top: _Reader) -> None:
+    """A file without digests by part is good, too; those that it has must be right."""
+    content = {name: value for name, value in top.data.items() if name not in ("checksum", "checksums")}
+    now = _digests_by_part(content)
+    written = top.take("checksums", dict) if "checksums" in top.data else now
+    if top.take("checksum", str) != _digest(content) or written != now:
+        changed = ", ".join(name for name in now if written.get(name) != now[name]) or "checksum"
+        raise ProfileError(
+            f"{changed}: changed after calibration, by the file's checksum; calibrate again instead of editing"
+        )
 
 
 def _read(top: _Reader) -> Profile:
@@ -374,7 +400,7 @@ class _Reader:
         value = self.take(key, object) if key else self.data
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.bad(key, "must be a number", name=name)
-        if not math.isfinite(value) or not least <= value <= most:
+        if not -sys.float_info.max <= value <= sys.float_info.max or not least <= value <= most:
             limits = f"between {least:g} and {most:g}" if math.isfinite(most) else f"finite and at least {least:g}"
             raise self.bad(key, f"must be {limits}", name=name)
         return float(value)

@@ -189,6 +189,8 @@ class Server:
         capacity_bytes = config.kv_memory_bytes or _automatic_kv_bytes(model)
         profile = _profile(config, model)
         geometry = SaleConfig(query_block=get_backend(config.attention_backend, model.device).query_block)
+        if profile is not None:
+            geometry = profile.geometry.applied_to(geometry)
         engine = Engine(
             model,
             KvPool(model.kv_shape, capacity_bytes),
@@ -221,10 +223,27 @@ class Server:
         crossover = engine.crossover(engine.defaults)
         logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
         logger.info("chunks of %d tokens", engine.chunk_tokens)
-        if engine.profile is not None:
-            budget = engine.defaults.error_budget
-            logger.info("profile %s (%.12s), error budget %s", engine.profile.name, engine.profile.digest, budget)
+        self._log_profile(engine)
         logger.info("attention by %s; rows before position %d run dense", engine.attention_backend, crossover)
+
+    def _log_profile(self, engine: Engine) -> None:
+        profile, defaults = engine.profile, engine.defaults
+        if profile is None:
+            uniform = replace(defaults, error_budget=None)
+            logger.info("no profile of this model (profile = %r): %s by default", self.config.profile, uniform)
+            return
+        logger.info("profile %s (%.12s): %s by default", profile.name, profile.digest, defaults)
+        calibrated, block = profile.geometry.query_block, engine.config.query_block
+        if block > calibrated:
+            logger.info(
+                "query blocks of %d, calibrated with %d: they keep more and lose less than it says", block, calibrated
+            )
+        elif block < calibrated:
+            logger.warning(
+                "query blocks of %d, calibrated with %d: they keep less and lose more than it says; calibrate here",
+                block,
+                calibrated,
+            )
 
     def _connect(self, service: _Service) -> None:
         config, engine = self.config, service.engine
@@ -369,9 +388,9 @@ def _profile(config: ServerConfig, model: LoadedModel) -> Profile | None:
     if config.profile == "none" or (config.profile == "auto" and not config.wants_shipped_profile):
         return None
     fingerprint = ModelFingerprint.of(model.module)
-    if config.profile == "auto":
-        return shipped_profile(fingerprint)
     try:
+        if config.profile == "auto":
+            return shipped_profile(fingerprint)
         profile = load_profile(Path(config.profile))
         profile.check_fits(fingerprint)
     except ProfileError as error:

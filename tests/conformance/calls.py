@@ -199,9 +199,16 @@ def check_attend(backend: AttentionBackend, case: Case, device: str = "cpu") -> 
 
 def check_chunks(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
     """A prompt in pieces that end at multiples of 128 gives, bit for bit, what it gives in one piece."""
-    inputs = problem(case)
-    whole = _Call.of(backend, inputs, device)
-    for chunk, with_state in ((128, True), (384, True), (256, False)):
+    check_whole_and_chunks(backend, problem(case), device, (128, 384))
+    check_whole_and_chunks(backend, problem(case), device, (256,), with_state=False)
+
+
+def check_whole_and_chunks(
+    backend: AttentionBackend, inputs: Problem, device: str, chunks: Sequence[int], with_state: bool = True
+) -> None:
+    """As `check_chunks`, of given inputs and sizes."""
+    case, whole = inputs.case, _Call.of(backend, inputs, device)
+    for chunk in chunks:
         boundaries = range(case.offset // 128 * 128 + chunk, case.tokens, chunk)
         pieces = _Call.of(backend, inputs, device, [*boundaries, case.tokens], with_state)
         place = f"{where(backend, case)}, chunks of {chunk} {'with' if with_state else 'without'} state"

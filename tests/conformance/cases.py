@@ -209,6 +209,10 @@ CHUNKS_SLOW = [
     Case(800, 0, 2, 2, 64, config=FOUR_BIT, stride=(2, 1)),
 ]
 
+#: Profiles: heads of every kind in calls of several sizes.
+PROFILES = CHUNKS
+PROFILES_SLOW = [Case(1500, 300, 8, 2, 128, batch=2, tau=(TAU, 0.1, 0.0, math.inf, 0.005), stride=(1, 2, 4))]
+
 THREADS = [
     Case(130, 200, 6, 2, 64, tau=(0.0, TAU, math.inf, TAU), batch=2),
     Case(97, 205, 2, 2, 128, dtype=torch.float32, page_tokens=64, code_page_tokens=64),

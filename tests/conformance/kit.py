@@ -27,6 +27,7 @@ from tests.conformance.phases import (
     unsupported,
 )
 from tests.conformance.pipeline import check_end_to_end, check_ragged_batch, check_threads
+from tests.conformance.profiles import check_profile_calls, check_profile_selection
 
 __all__ = [
     "check_appends",
@@ -41,6 +42,8 @@ __all__ = [
     "check_non_finite_keys",
     "check_non_finite_queries",
     "check_phases",
+    "check_profile_calls",
+    "check_profile_selection",
     "check_query_codes",
     "check_ragged_batch",
     "check_selection",

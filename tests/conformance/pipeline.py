@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +32,16 @@ DIFFERING_SHARE = 1e-4
 DIFFERING_NATS = 1e-3
 
 
-def check_end_to_end(backend: AttentionBackend, cases: Sequence[Case], device: str = "cpu") -> None:
+def check_end_to_end(
+    backend: AttentionBackend,
+    cases: Sequence[Case],
+    device: str = "cpu",
+    inputs_of: Callable[[Case], Problem] = problem,
+) -> None:
     """From the same queries and keys, nearly the same selection: see `DIFFERING_SHARE` and `DIFFERING_NATS`."""
     decisions = differing = 0
     for case in cases:
-        inputs, place = problem(case), where(backend, case)
+        inputs, place = inputs_of(case), where(backend, case)
         expected = _run_phases(ReferenceBackend(), inputs, "cpu")
         result = _run_phases(backend, inputs, device)
         decisions += int(inputs.selectable_blocks().sum()) * case.batch

@@ -177,6 +177,24 @@ def test_kept_codes_change_no_bit(subject: Subject, case: Case) -> None:
     kit.check_appends(subject.backend, subject.takes(case), subject.device)
 
 
+@grid(cases.PROFILES, cases.PROFILES_SLOW)
+def test_a_profile_codes_and_thresholds_give_the_same_selection_in_any_chunks(subject: Subject, case: Case) -> None:
+    kit.check_profile_selection(subject.backend, subject.takes(case), subject.device)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param([*cases.PROFILES, cases.END_TO_END[0]], id="quick"),
+        pytest.param(cases.PROFILES_SLOW, id="long", marks=pytest.mark.slow),
+    ],
+)
+def test_calls_with_a_profile_change_no_bit_in_chunks_and_select_the_same(subject: Subject, chosen: list[Case]) -> None:
+    for case in chosen:
+        subject.takes(case)
+    kit.check_profile_calls(subject.backend, chosen, subject.device)
+
+
 @grid(cases.THREADS, [*cases.HEADS, *cases.LAYOUTS, *cases.POLICIES])
 def test_threads_change_no_bit(subject: Subject, case: Case) -> None:
     if subject.device != "cpu" or subject.threads_show:

@@ -397,6 +397,25 @@ class ShiftsTheMask(ReferenceBackend):
         output.copy_(scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True))
 
 
+class SelectsByTheCall(ReferenceBackend):
+    """Calls behind others decide one block differently."""
+
+    def select(
+        self, query_codes: Any, key_codes: Any, thresholds: Any, plan: Any, grid: BlockGrid, kv: Any
+    ) -> Selection:
+        selection = super().select(query_codes, key_codes, thresholds, plan, grid, kv)
+        if grid.offset >= 512:
+            selection.words[0, 1, 0] ^= 1 << 3
+        return selection
+
+
+class CentresByTheKeys(ReferenceBackend):
+    """Keys are centred by their own mean, whatever centre is given."""
+
+    def quantise_key_range(self, kv: KvView, config: SaleConfig, start: int, out: KeyCodes) -> None:
+        super().quantise_key_range(kv, config, start, replace(out, centre=self.key_centre(kv, config)))
+
+
 class DeclinesEverything(ReferenceBackend):
     """Nothing is supported, so nothing can be wrong."""
 
@@ -480,6 +499,13 @@ PLANTED = [
     Planted(DependsOnTheCall, kit.check_chunks, cases.CHUNKS[0], r"chunks of 128 with state: .* outputs differ"),
     Planted(ContinuesWrongly, kit.check_chunks, cases.CHUNKS[0], r"chunks of 128 with state.* differ"),
     Planted(ContinuesWrongly, kit.check_appends, cases.CHUNKS[0], r"calls ending at \[1, 2, 33.* differ"),
+    Planted(
+        SelectsByTheCall, kit.check_profile_selection, cases.CHUNKS[0], r"rows 512 to 639: .* block decisions differ"
+    ),
+    Planted(
+        SelectsByTheCall, kit.check_profile_calls, cases.CHUNKS[:1], r"chunks of 128 with state.* decisions differ"
+    ),
+    Planted(CentresByTheKeys, kit.check_profile_calls, [cases.END_TO_END[0]], r"nats from the threshold"),
     Planted(DependsOnThreads, kit.check_threads, Case(128, 192, 2, 1), r"2 threads: .* outputs differ"),
     Planted(SeesNeighbours, kit.check_ragged_batch, cases.RAGGED, r"sequence 0 of 4 in one pool: .*outputs differ"),
     Planted(QuantisesWholeBlocks, kit.check_ragged_batch, cases.RAGGED, r"in one pool"),

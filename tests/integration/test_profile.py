@@ -136,7 +136,7 @@ def test_without_a_profile_a_budget_is_refused_with_the_way_out(tiny_server: Run
 def test_the_guard_reports_what_it_saw(client: Client, server: RunningServer) -> None:
     stats = client.prefill(tokens_of(2000)).stats
     assert stats.guard is not None
-    assert stats.guard.num_tiles == LAYERS
+    assert stats.guard.num_tiles == LAYERS * 3  # all heads that are not dense
     assert 0.0 < stats.guard.kept_mass <= 1.0
     assert 0.0 < stats.guard.mean_error <= stats.guard.max_error
     assert stats.guard.alerts == ()
@@ -179,6 +179,28 @@ def test_a_profile_of_another_model_stops_the_start(profile: Profile, tiny_model
         serving(other, tiny_model, tmp_path),
     ):
         pass
+
+
+def test_blocks_are_those_that_the_profile_was_calibrated_with(
+    profile: Profile, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    wide = replace(profile, geometry=Geometry(128, 32, 32, 512, 8))
+    with serving(profile, tiny_model, tmp_path) as narrow, Client(narrow.target) as client:
+        few = client.prefill(tokens_of(3000)).stats.layers[0].head_densities[1]
+        assert "lose" not in caplog.text
+    with serving(wide, tiny_model, tmp_path) as server, Client(server.target) as client:
+        many = client.prefill(tokens_of(3000)).stats.layers[0].head_densities[1]
+    assert many > few  # of the streaming head, which attends to its window
+    assert "query blocks of 64, calibrated with 128: they keep less" in caplog.text
+
+
+def test_without_a_profile_the_log_says_what_heads_do(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with running_server(model=str(tiny_model), dtype="float32"):
+        pass
+    said = "no profile of this model (profile = 'auto'): sale attention, threshold 0.004, query_stride 1 by default"
+    assert caplog.text.count(said) == 1
 
 
 def test_a_profile_and_a_threshold_exclude_each_other(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ class AttentionSettings:
     query_stride: int
     error_budget: float | None = None
 
+    def __str__(self) -> str:
+        """For messages: the mode and what matters to it."""
+        if self.mode is AttentionMode.DENSE:
+            return "dense attention"
+        if self.error_budget is not None:
+            return f"sale attention, error_budget {self.error_budget:g}"
+        return f"sale attention, threshold {self.threshold:g}, query_stride {self.query_stride}"
+
 
 class Sequence:
     """Owned by its session; used by one engine step at a time.

@@ -239,9 +239,8 @@ class Admission:
         if asked is not None and asked != held:
             raise PrefillError(
                 Reason.ATTENTION_MISMATCH,
-                f"session {session.session_id!r} was created with {held.mode} attention, threshold {held.threshold}, "
-                f"query_stride {held.query_stride}; the request asks for {asked.mode}, {asked.threshold}, "
-                f"{asked.query_stride}: leave attention out, or start another session",
+                f"session {session.session_id!r} was created with {held}; the request asks for {asked}: "
+                "leave attention out, or start another session",
                 field="attention",
             )
 

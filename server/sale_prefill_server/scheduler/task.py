@@ -73,6 +73,7 @@ class Append:
                 self._guard_report = self._engine.finish_audit(session.sequence, self._audit)
         except BaseException:
             session.sequence.truncate(position)
+            self._audit = None  # it has seen layers of a chunk that will come again
             raise
         finally:
             duration_seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sale_attention import Audit, KvView, LayerPolicy, SaleConfig, Tile, attend
-from sale_attention.audit import exact_attention
+from sale_attention.audit import LARGEST_ERROR, exact_attention
 
 CONFIG = SaleConfig(dense_rows=256, centre_tokens=256)
 TOKENS, HEADS = 768, 4
@@ -80,7 +80,55 @@ def test_exact_attention_of_pages_is_that_of_one_piece(layer: tuple[torch.Tensor
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     shuffled = [torch.empty_like(page).index_copy_(0, order, page) for page in pages]
     paged = KvView(*shuffled, page_table=order.unsqueeze(0), length=TOKENS)
-    rows = query[0, 3, -50:]
-    expected = exact_attention(rows, kv.kv_head(1), 0.125)
-    for ours, theirs in zip(exact_attention(rows, paged.kv_head(1), 0.125), expected, strict=True):
+    rows = query[0, 2:, -50:]
+    expected = exact_attention(rows, kv, [1, 1], 0.125)
+    for ours, theirs in zip(exact_attention(rows, paged, [1, 1], 0.125), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_exact_attention_in_pieces_of_the_keys_is_that_of_one_piece(
+    layer: tuple[torch.Tensor, KvView], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, kv = layer
+    rows = query[0, :, -80:].double()
+    exact_kv = KvView(kv.keys.double(), kv.values.double())
+    expected = exact_attention(rows, exact_kv, [0, 0, 1, 1], 0.125)
+    monkeypatch.setattr("sale_attention.audit._KEY_PIECE", 100)
+    for ours, theirs in zip(exact_attention(rows, exact_kv, [0, 0, 1, 1], 0.125), expected, strict=True):
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_heads_at_one_position_are_found_as_they_are_alone(layer: tuple[torch.Tensor, KvView]) -> None:
+    tiles = [Tile(3, head, 500) for head in (2, 0, 3)]
+    for found, tile in zip(audited(layer, 0.05, tiles).results(), tiles, strict=True):
+        (alone,) = audited(layer, 0.05, [tile]).results()
+        assert found.tile == tile
+        assert found.mean_error == pytest.approx(alone.mean_error, rel=1e-5)
+        assert found.kept_mass == pytest.approx(alone.kept_mass, rel=1e-5)
+
+
+def test_what_is_not_finite_gives_figures_that_are(layer: tuple[torch.Tensor, KvView]) -> None:
+    query, kv = layer
+    audit = Audit([Tile(0, 0, 600), Tile(0, 2, 600)], CONFIG.query_block)
+    lse = torch.zeros(1, HEADS, TOKENS)
+    broken = torch.full((1, HEADS, TOKENS, 64), float("nan"))
+    audit.observe(0, query, kv, broken, lse, 0.125)
+    assert [found.mean_error for found in audit.results()] == [LARGEST_ERROR] * 2
+    values = kv.values.clone()
+    values[:, 1, 5] = float("inf")  # dense attention shows it as well
+    audit = Audit([Tile(0, 2, 600)], CONFIG.query_block)
+    audit.observe(0, query, KvView(kv.keys, values), broken, lse, 0.125)
+    (found,) = audit.results()
+    assert (found.kept_mass, found.mean_error) == (1.0, 0.0)
+
+
+def test_a_device_without_memory_ends_the_audit_and_nothing_else(
+    layer: tuple[torch.Tensor, KvView], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no memory for scores")
+
+    monkeypatch.setattr("sale_attention.audit.exact_attention", full)
+    assert audited(layer, 0.05, [Tile(3, 0, 300), Tile(3, 1, 500)]).results() == []
+    assert "layer 3 is not audited" in caplog.text

@@ -111,8 +111,15 @@ def test_the_level_is_the_largest_within_the_budget(budget: float, expected: int
         ("fingerprint.layers", lambda data: data["fingerprint"].update(layers="two")),
         ("fingerprint.layers", lambda data: data["fingerprint"].update(layers=-2)),
         ("method", lambda data: data.update(method="guess")),
-        ("checksum", lambda data: _set(data, 0, 0, [1], 0.005)),
-        ("checksum", lambda data: data.update(name="another")),
+        ("levels[0].settings: changed after calibration", lambda data: _set(data, 0, 0, [1], 0.005)),
+        ("levels[1].density: changed after calibration", lambda data: data["levels"][1].update(density=0.26)),
+        ("name: changed after calibration", lambda data: data.update(name="another")),
+        ("remark: changed after calibration", lambda data: data.update(remark="tuned by hand")),
+        ("name, default_level: changed", lambda data: data.update(name="another", default_level=0)),
+        ("checksum: changed after calibration", lambda data: data.update(checksum="0" * 64)),
+        ("checksum: changed after calibration", lambda data: (data.pop("checksums"), data.update(name="another"))),
+        ("key_centres[0][0][0] = 1000000", lambda data: data["key_centres"][0][0].__setitem__(0, 10**400)),
+        ("levels[0].p99_error = 1000000", lambda data: data["levels"][0].update(p99_error=10**400)),
         ("checksum: missing", lambda data: data.pop("checksum")),
     ],
 )
@@ -173,3 +180,21 @@ def test_a_fingerprint_notices_one_changed_weight(module: torch.nn.Module) -> No
     assert ModelFingerprint.of(module).differences(expected)[0].startswith("weights")
     with torch.no_grad():
         weight[0, 0] -= 1
+
+
+def test_a_fingerprint_tells_scaled_rotary_embeddings_apart(module: torch.nn.Module) -> None:
+    plain = ModelFingerprint.of(module)
+    before = module.config.rope_parameters
+    module.config.rope_parameters = {**before, "rope_type": "linear", "factor": 4.0}
+    try:
+        scaled = ModelFingerprint.of(module)
+    finally:
+        module.config.rope_parameters = before
+    assert scaled.differences(plain)[0].startswith("weights")
+    assert ModelFingerprint.of(module) == plain
+
+
+def test_geometry_leaves_the_query_block_to_the_backend() -> None:
+    geometry = Geometry(query_block=64, key_block=32, sink_tokens=64, local_tokens=256, code_bits=8)
+    applied = geometry.applied_to(SaleConfig(query_block=128, dense_rows=2048))
+    assert applied == SaleConfig(query_block=128, sink_tokens=64, local_tokens=256, dense_rows=2048)
