@@ -6,6 +6,7 @@ The share of the attention mass that the kept keys hold needs no list of them: i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .kv_view import KvView
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ class Audit:
             lse: float32 `[1, H, Nq]` over the keys that were attended to.
             scale: softmax scale.
         """
+        try:
+            self._look(layer, query, kv, output, lse, scale)
+        except torch.OutOfMemoryError as error:  # an audit never ends a request
+            logger.warning("layer %d is not audited, nor those after it: %s", layer, error)
+            self._waiting.clear()
+
+    def _look(self, layer: int, query: Tensor, kv: KvView, output: Tensor, lse: Tensor, scale: float) -> None:
         offset = kv.tokens - query.shape[2]
         for tile in self._waiting.get(layer, ()):
             block = tile.position // self._query_block * self._query_block

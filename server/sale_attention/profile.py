@@ -385,7 +385,10 @@ class _Reader:
 
 def shipped_profile(fingerprint: ModelFingerprint) -> Profile | None:
     """The profile in this package that belongs to the model, if there is one."""
-    for file in sorted(resources.files(__package__).joinpath("profiles").iterdir(), key=lambda entry: entry.name):
+    folder = resources.files(__package__).joinpath("profiles")
+    if not folder.is_dir():
+        return None
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".json") and fingerprint.weights in (text := file.read_text()):
             return loads_profile(text)
     return None

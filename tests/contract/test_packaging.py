@@ -54,7 +54,7 @@ def test_the_wheel_holds_packages_stubs_kernels_and_type_markers(wheel: Path) ->
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
     top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    packages = {"sale_prefill", "sale_prefill_client", "sale_attention", "sale_prefill_server"}
+    packages = {"sale_prefill", "sale_prefill_client", "sale_attention", "sale_fidelity", "sale_prefill_server"}
     assert {name for name in top if not name.endswith(".dist-info")} == packages
 
 

@@ -145,6 +145,12 @@ def test_the_guard_reports_what_it_saw(client: Client, server: RunningServer) ->
     assert 'sale_prefill_guard_alerts_total{layer="1"} 0.0' in page
 
 
+def test_a_threshold_of_the_callers_is_not_the_guards_business(client: Client) -> None:
+    for _ in range(4):
+        assert client.prefill(tokens_of(1500), attention=Attention.sale(1.0)).stats.guard is None
+    assert client.prefill(tokens_of(1500)).stats.guard is not None
+
+
 def test_a_profile_that_promises_too_much_is_found_and_its_heads_go_dense(
     profile: Profile, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sale_attention import BlockGrid, KvView, SaleConfig
 from sale_attention.config import HeadPlan
-from sale_attention.quantise import KeyCodes, quantise_key, quantise_query
+from sale_attention.quantise import quantise_key, quantise_query
 from sale_attention.select import block_estimates, voting_rows
 from sale_attention.sink_local import row_thresholds, sink_local_log_sum_exp
 
@@ -40,6 +40,8 @@ class Measurement:
         error: float64 `[H, E]`, sum of errors.
         squared_error: float64 `[H, E]`, sum of squared errors.
         effect: float64 `[H, E]`, sum of (g . delta)^2: twice the divergence of predictions, in nats.
+        block_effect: float64 `[H, E]`, sum over query blocks of (sum over rows of g . delta)^2: errors of neighbouring
+            rows that point the same way add up in it.
         spread_effect: float64 `[H, E]`, sum of |g|^2 |delta|^2 / d_v: the same if delta pointed anywhere.
         histogram: int64 `[H, E, ERROR_BINS]`, errors counted by size.
     """
@@ -50,6 +52,7 @@ class Measurement:
     error: Tensor
     squared_error: Tensor
     effect: Tensor
+    block_effect: Tensor
     spread_effect: Tensor
     histogram: Tensor
 
@@ -57,9 +60,10 @@ class Measurement:
     def zero(cls, heads: int, settings: int) -> Measurement:
         """Of no rows."""
         count = torch.zeros((), dtype=torch.int64)
-        sums = [torch.zeros(heads, settings, dtype=torch.float64) for _ in range(4)]
+        sums = torch.zeros(heads, settings, dtype=torch.float64)
         computed = torch.zeros(heads, settings, dtype=torch.int64)
-        return cls(count, count, computed, *sums, torch.zeros(heads, settings, ERROR_BINS, dtype=torch.int64))
+        histogram = torch.zeros(heads, settings, ERROR_BINS, dtype=torch.int64)
+        return cls(count, count, computed, sums, sums, sums, sums, sums, histogram)
 
     def __add__(self, other: Measurement) -> Measurement:
         return Measurement(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
@@ -161,9 +165,9 @@ class _Layer:
         for kv_head in range(self.kv_heads):
             members = slice(kv_head * group, (kv_head + 1) * group)
             parts.append(self._errors(kv_head, members, slice(start, end), kept[members]))
-        error, squared, effect, spread, histogram = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        sums = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         rows, causal = torch.tensor(end - start), torch.tensor(self.grid.causal_end(index))
-        return Measurement(rows, causal, kept.sum(dim=-1).cpu(), error, squared, effect, spread, histogram)
+        return Measurement(rows, causal, kept.sum(dim=-1).cpu(), *sums)
 
     def _kept_blocks(self, index: int) -> Tensor:
         """bool `[H, E, key blocks]`: what each setting visits, sink and local blocks included."""
@@ -208,11 +212,11 @@ class _Layer:
             delta = output - dense[head]
             size = delta.norm(dim=-1)  # [E, R]
             error = size / norm[head]
-            effect = (delta * gradient[head]).sum(dim=-1).to(torch.float64) ** 2
+            effect = (delta * gradient[head]).sum(dim=-1).to(torch.float64)
             spread = (size * gradient[head].norm(dim=-1)).to(torch.float64) ** 2 / value_dim
             exact = error.to(torch.float64)
-            sums = (exact.sum(1), (exact**2).sum(1), effect.sum(1), spread.sum(1), count_errors(error))
-            columns.append(sums)
+            effects = (effect**2).sum(1), effect.sum(1) ** 2, spread.sum(1)
+            columns.append((exact.sum(1), (exact**2).sum(1), *effects, count_errors(error)))
         return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
     def _by_key_block(self, kv_head: int, members: slice, rows: slice) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sale_attention.config import QUERY_STRIDES
-
-
-@dataclass(frozen=True)
-class HeadSetting:
-    strategy: str
-    tau: float | None
-    query_stride: int
-
+from sale_attention.profile import HeadSetting
 
 #: Thresholds on offer. Below the least, four fifths of all blocks are kept at 3K and dense is cheaper; above the
 #: largest, a head hardly selects anything (default model, 2026-11-26).

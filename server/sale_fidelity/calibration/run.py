@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sale_attention import SaleConfig
 
+from ..agreement import quickest_backend
 from ..models import FidelityModel
 from .capture import LayerCapture, backward_layers, forward_layers
 from .measure import Measurement, measure_layer, sampled_blocks
@@ -154,7 +155,7 @@ def measure_taus(
         name = f"taus-{capture.layer:03d}"
         found = state.load(name)
         if found is None:
-            settled = paper_taus(capture, centres[capture.layer], config, theta)
+            settled = paper_taus(capture, centres[capture.layer], config, theta, quickest_backend(model))
             found = {"taus": torch.tensor(settled, dtype=torch.float64)}
             state.save(name, found)
         taus[capture.layer] = found["taus"].tolist()

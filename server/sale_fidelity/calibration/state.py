@@ -33,9 +33,10 @@ class CalibrationState:
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The finished piece `name`, or None; a file that cannot be read counts as unfinished."""
         try:
-            return load_file(self._file(name))
+            found: dict[str, Tensor] = load_file(self._file(name))
         except (OSError, SafetensorError):
             return None
+        return found
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keeps a finished piece.

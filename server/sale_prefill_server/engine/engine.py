@@ -82,10 +82,14 @@ class Engine:
     def open(self, settings: AttentionSettings) -> Sequence:
         """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life."""
         policies = self._policies(settings)
-        if self.guard is not None:
+        if self.guard is not None and self._is_expected(settings):
             policies = self.guard.adjusted(policies)
         config = replace(self.config, dense_rows=self.crossover(settings))
         return Sequence(self.pool.create(), settings, config, policies, self.level(settings))
+
+    def _is_expected(self, settings: AttentionSettings) -> bool:
+        """Whether the server said what heads do, not the caller: then the guard knows what they should lose."""
+        return settings.error_budget is not None or settings == self.defaults
 
     def level(self, settings: AttentionSettings) -> int | None:
         """The profile's level that `settings` get; None for a threshold of their own, or a budget below the least.
@@ -143,7 +147,8 @@ class Engine:
 
     def begin_audit(self, sequence: Sequence, start: int, end: int) -> Audit | None:
         """The guard's part in a request that prefills positions `[start, end)`; None for most."""
-        if self.guard is None or sequence.settings.mode is AttentionMode.DENSE:
+        settings = sequence.settings
+        if self.guard is None or settings.mode is AttentionMode.DENSE or not self._is_expected(settings):
             return None
         start = max(start, sequence.config.dense_rows)
         return self.guard.begin(sequence.policies, sequence.config.query_block, start, end)

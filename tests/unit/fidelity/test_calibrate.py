@@ -1,0 +1,139 @@
+"""Calibration of a tiny model, end to end: what the command writes is a profile that fits, and the same every time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sale_attention import ModelFingerprint, Profile, SaleConfig, load_profile
+from sale_fidelity.calibration import run
+from sale_fidelity.calibration.solve import HeadChoices, lower_hull, solve
+from sale_fidelity.calibration.state import CalibrationState
+from sale_fidelity.calibration.texts import Document
+from sale_fidelity.cli import calibrate
+from sale_fidelity.models import FidelityModel, load_model
+from sale_prefill_client.cli import main
+from tests.support import tokens_of
+
+CONFIG = SaleConfig(dense_rows=256, centre_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> FidelityModel:
+    return load_model(str(tiny_model), device="cpu", dtype="float32")
+
+
+def documents(count: int = 2) -> list[Document]:
+    return [Document(f"random {seed}", tuple(tokens_of(640, seed))) for seed in range(count)]
+
+
+def calibrated(model: FidelityModel, folder: Path, budget: float = 0.001, method: str = "budget") -> Profile:
+    return calibrate(model, documents(), budget, method=method, config=CONFIG, state_root=folder)
+
+
+def test_levels_ascend_in_budget_and_descend_in_cost(model: FidelityModel, tmp_path: Path) -> None:
+    profile = calibrated(model, tmp_path)
+    assert profile.fingerprint == ModelFingerprint.of(model.module)
+    assert profile.levels[profile.default_level].error_budget == 0.001
+    costs = [level.estimated_cost for level in profile.levels]
+    assert costs == sorted(costs, reverse=True)
+    for level in profile.levels:
+        measures = [head for layer in level.measures for head in layer]
+        assert all(0 <= head.mean_error <= head.p99_error for head in measures)
+        dense = [head for layer in level.settings for head in layer if head.strategy == "dense"]
+        assert sum(measure.density == 1.0 for measure in measures) >= len(dense)
+    assert not list(tmp_path.iterdir()), "finished pieces go once the profile is there"
+
+
+def test_the_same_calibration_gives_the_same_profile(model: FidelityModel, tmp_path: Path) -> None:
+    assert calibrated(model, tmp_path / "one").digest == calibrated(model, tmp_path / "two").digest
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(
+    model: FidelityModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = calibrated(model, tmp_path / "whole").digest
+    saved = CalibrationState.save
+    pieces: list[str] = []
+
+    def save(state: CalibrationState, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        if len(pieces) == 4:
+            raise KeyboardInterrupt
+        pieces.append(name)
+        saved(state, name, tensors)
+
+    monkeypatch.setattr(CalibrationState, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, tmp_path / "broken")
+    again: list[str] = []
+    monkeypatch.setattr(
+        CalibrationState, "save", lambda state, name, tensors: (again.append(name), saved(state, name, tensors))
+    )
+    assert calibrated(model, tmp_path / "broken").digest == expected
+    assert pieces
+    assert not set(pieces) & set(again)
+
+
+def test_the_papers_method_halves_tau_until_the_error_fits(model: FidelityModel, tmp_path: Path) -> None:
+    profile = calibrated(model, tmp_path, method="paper")
+    taus = {head.tau for layer in profile.levels[0].settings for head in layer if head.strategy == "sparse"}
+    assert profile.method == "paper"
+    assert taus <= {0.008, 0.004, 0.002, 0.001, 0.0005}
+
+
+def test_a_stricter_theta_never_raises_a_threshold(model: FidelityModel, tmp_path: Path) -> None:
+    (document,) = documents(1)
+    centres = torch.zeros(model.num_layers, model.num_kv_heads, model.head_dim)
+    found = [
+        run.measure_taus(model, document, centres, CONFIG, CalibrationState(tmp_path / str(theta), {}), theta=theta)
+        for theta in (10.0, 0.4, 1e-9)
+    ]
+    loose, usual, strict = (torch.tensor(taus) for taus in found)
+    assert bool((loose == 0.008).all())
+    assert bool((usual <= loose).all())
+    assert bool((strict == 0).all())
+
+
+def test_documents_that_are_too_short_are_refused(model: FidelityModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"too short to calibrate on \(up to 256 tokens\): note"):
+        calibrate(model, [Document("note", (1, 2, 3))], 0.001, config=CONFIG, state_root=tmp_path)
+
+
+class TestSolve:
+    def test_a_hull_leaves_out_what_a_mixture_beats(self) -> None:
+        assert lower_hull([0.0, 0.5, 1.0], [1.0, 0.9, 0.0]) == [0, 2]
+        assert lower_hull([0.0, 0.5, 1.0], [1.0, 0.1, 0.0]) == [0, 1, 2]
+
+    def test_the_steepest_steps_come_first_and_budgets_are_kept(self) -> None:
+        cost = torch.tensor([[0.1, 1.0], [0.1, 1.0]], dtype=torch.float64)
+        effect = torch.tensor([[1.0, 0.0], [0.2, 0.0]], dtype=torch.float64)
+        choices = HeadChoices(cost, effect)
+        assert solve(choices, [2.0, 0.5, 0.1, 0.0]) == [[0, 0], [1, 0], [1, 1], [1, 1]]
+
+    def test_a_negative_budget_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="-1"):
+            solve(HeadChoices(torch.zeros(1, 1), torch.zeros(1, 1)), [-1.0])
+
+
+def test_the_command_writes_a_profile_that_loads(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sale_fidelity.cli._documents", lambda model, arguments: long_documents())
+    monkeypatch.setenv("SALE_PREFILL_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "profile.json"
+    assert main(["calibrate", str(tiny_model), "--output", str(output), "--error-budget", "0.01"]) == 0
+    profile = load_profile(output)
+    assert profile.levels[profile.default_level].error_budget == 0.01
+    assert f"--profile {output}" in capsys.readouterr().err
+
+
+def long_documents() -> list[Document]:
+    return [replace(document, token_ids=tuple(tokens_of(1200, 7))) for document in documents(1)]
+
+
+def test_a_budget_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "m", "--output", str(tmp_path / "p.json"), "--error-budget", "0"]) == 1
+    assert "must be above 0" in capsys.readouterr().err
