@@ -17,7 +17,7 @@ from .setting import EvaluationSetting
 from .tasks import TASKS, Item, make_item
 
 #: Prompt lengths in tokens.
-LENGTHS = (2048, 4096, 6144, 8064)
+LENGTHS = (2048, 3072, 4096, 6144, 8064)
 #: Depths at which answers are planted, as shares of the document.
 DEPTHS = tuple((index + 0.5) / 10 for index in range(10))
 
@@ -77,9 +77,9 @@ def run_item(model: FidelityModel, encoded: EncodedItem, setting: EvaluationSett
     item, statistics = encoded.item, AttentionStatistics()
     dense = candidate_scores(model, encoded, AttentionContext(dense=True, backend=setting.backend))
     sale = candidate_scores(model, encoded, setting.context(len(encoded.prompt_ids), statistics))
-    margins = [round(margin(scores.tolist(), item.num_right), 5) for scores in (dense, sale)]
+    dense_margin, sale_margin = (round(margin(scores.tolist(), item.num_right), 5) for scores in (dense, sale))
     density = round(statistics.density, 5)
-    return Outcome(item.task, item.seed, item.tokens, item.depth, encoded.digest, *margins, density)
+    return Outcome(item.task, item.seed, item.tokens, item.depth, encoded.digest, dense_margin, sale_margin, density)
 
 
 def run_plan(

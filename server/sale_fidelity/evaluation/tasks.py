@@ -144,7 +144,7 @@ def _multi_value(source: random.Random, tokens: int, depth: float, haystack: Hay
 
 def _tracking(source: random.Random, tokens: int, depth: float, haystack: Haystack) -> _Question:
     """Variables set from variables: a candidate names the one between and the number at the end of the chain."""
-    chains = 3
+    chains = 2
     names, values = source.sample(_NAMES, 2 * chains), _numbers(source, chains)
     middles, lasts = names[:chains], names[chains:]
     needles: list[str] = []
@@ -155,8 +155,9 @@ def _tracking(source: random.Random, tokens: int, depth: float, haystack: Haysta
     other_chains = [_hop(middle, value) for middle, value in zip(middles[1:], values[1:], strict=True)]
     other_values = [_hop(middles[0], value) for value in values[1:]]
     return _Question(
-        'In this text {"north gate": "south gate"} and {"south gate": "11111"} would mean that the value of '
-        '"north gate" is 11111:\n{"north gate": "south gate"}\n{"south gate": "11111"}\nFollow the variables.',
+        'For example, {"north gate": "south gate"} and {"south gate": "11111"} say that the value of "north gate" is '
+        '11111:\n{"north gate": "south gate"}\n{"south gate": "11111"}\n\nFollow the variables in this text from name '
+        "to value.",
         needles,
         depths,
         f'What is the value of "{lasts[0]}"?',
