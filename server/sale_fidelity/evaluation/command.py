@@ -19,14 +19,13 @@ from . import figures
 from .documents import default_documents, user_documents
 from .evaluate import PARTS, Work, evaluate
 from .retrieval import LENGTHS, Plan, haystack_of
-from .setting import EvaluationSetting, find_profile, profile_setting, uniform_setting
+from .setting import UNIFORM_BESIDE, EvaluationSetting, find_profile, profile_setting, uniform_setting
 from .table import table
 from .tasks import TASKS
 
 EXIT_OK = 0
 EXIT_ERROR = 1
 _POSITION = 2048
-_UNIFORM_BESIDE = ((0.002, 1), (0.004, 1), (0.008, 1), (0.004, 2), (0.004, 4))
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +106,7 @@ def _settings(model: FidelityModel, arguments: argparse.Namespace) -> tuple[Eval
 
 
 def _uniform_beside(model: FidelityModel, config: SaleConfig, taken: str) -> list[EvaluationSetting]:
-    found = [uniform_setting(model, tau, stride, config) for tau, stride in _UNIFORM_BESIDE]
+    found = [uniform_setting(model, tau, stride, config) for tau, stride in UNIFORM_BESIDE]
     return [setting for setting in found if setting.name != taken]
 
 

@@ -107,11 +107,11 @@ def _pareto(report: Mapping[str, Any]) -> Any:
     for axes, (error, title) in zip(
         figure.subplots(1, 2), (("mean_error", "mean row error"), ("p99_error", "p99 row error")), strict=True
     ):
-        for kind, marker in (("profile", "o"), ("uniform", "x")):
+        for kind, style in (("profile", "o--"), ("uniform", "x")):
             chosen = sorted(
                 (row["estimated_cost"], row[error], row["name"]) for row in rows if row["name"].startswith(kind)
             )
-            axes.plot([x for x, _, _ in chosen], [y for _, y, _ in chosen], f"{marker}--", label=kind)
+            axes.plot([x for x, _, _ in chosen], [y for _, y, _ in chosen], style, label=kind)
             for x, y, name in chosen:
                 axes.annotate(name.split(", ", 1)[-1] if kind == "profile" else name.removeprefix("uniform "), (x, y))
         axes.set(xlabel="attention's cost, share of dense", ylabel=title)

@@ -14,6 +14,9 @@ from sale_attention.transformers_integration import AttentionContext
 from ..agreement import quickest_backend
 from ..models import FidelityModel
 
+#: Thresholds and strides of all heads whose errors are shown beside those of a profile.
+UNIFORM_BESIDE = ((0.002, 1), (0.004, 1), (0.008, 1), (0.004, 2), (0.004, 4))
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSetting:
