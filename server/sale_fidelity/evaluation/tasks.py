@@ -150,8 +150,9 @@ def _tracking(source: random.Random, tokens: int, depth: float, haystack: Haysta
     needles: list[str] = []
     depths: list[float] = []
     for middle, last, value in zip(middles, lasts, values, strict=True):
+        place = source.random() if depths else depth
         needles += [_pair(middle, value), _pair(last, middle)]
-        depths += sorted((depth if not depths else source.random(), source.random()))
+        depths += [place, place + (1 - place) * source.random()]
     other_chains = [_hop(middle, value) for middle, value in zip(middles[1:], values[1:], strict=True)]
     other_values = [_hop(middles[0], value) for value in values[1:]]
     return _Question(
