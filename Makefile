@@ -15,7 +15,7 @@ PROTO_OUT ?= proto
 RELEASES := $(shell ls proto/releases/*.binpb 2>/dev/null | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-kernels check-sanitize bench-attention client-sync wheel clean
+.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-fidelity fidelity-figures check-kernels check-sanitize bench-attention client-sync wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -83,6 +83,14 @@ check-main: $(STAMP)  ## measure what the main job promises; fail where a promis
 
 check-attention: $(STAMP)  ## measure what CPU attention promises, on real traces; fail where a promise falls short
 	$(BIN)/python -m benchmarks.check_attention $(ARGS)
+
+check-fidelity: $(STAMP)  ## measure what calibrated SALE loses, and its guard; fail where a promise falls short
+	$(BIN)/python -m benchmarks.check_fidelity $(ARGS)
+
+FIDELITY_RESULTS := $(wildcard benchmarks/results/retrieval.json benchmarks/results/evaluation.json)
+
+fidelity-figures: $(STAMP)  ## draw docs/figures/fidelity-*.svg again from the committed results
+	$(BIN)/python -m sale_fidelity.evaluation.figures $(FIDELITY_RESULTS) --output docs/figures --prefix fidelity-
 
 check-kernels: $(STAMP)  ## compile all CUDA kernels for all targets, no GPU needed; fail on spills or other instructions
 	$(BIN)/python -m pytest tests/contract/test_cuda_build.py $(ARGS)

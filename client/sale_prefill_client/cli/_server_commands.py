@@ -1,4 +1,4 @@
-"""`sale-prefill serve`, `models` and `calibrate`: in the server's packages, and loaded only when asked for."""
+"""`sale-prefill serve`, `models`, `calibrate`, `evaluate`: in the server's packages, loaded only when asked for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from ._arguments import Command, new_parser
 
 #: Where a command is, if not with the server's own.
 _SERVER_MODULE = "sale_prefill_server.cli"
-_MODULES = {"calibrate": "sale_fidelity.cli"}
+_MODULES = {"calibrate": "sale_fidelity.cli", "evaluate": "sale_fidelity.evaluation.command"}
 
 COMMANDS = (
     Command("serve", "run a server", "sale-prefill serve --model ./my-model --port 50051"),
     Command("models", "list, fetch or remove models of the server", "sale-prefill models list"),
     Command(
         "calibrate", "find what each head of a model may skip", "sale-prefill calibrate ./my-model --output p.json"
+    ),
+    Command(
+        "evaluate", "measure what SALE changes in a model's answers", "sale-prefill evaluate ./my-model --items 20"
     ),
 )
 
