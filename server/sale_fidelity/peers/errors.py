@@ -51,10 +51,14 @@ class BlockSample:
 
 
 def sampled_blocks(query_blocks: int, count: int) -> list[int]:
-    """`count` query blocks, evenly spread, the last one (where a prompt asks its question) included; all if fewer."""
+    """The middle ones of `count` equal parts of the query blocks; all of them if there are no more.
+
+    The last block is not singled out: rules that estimate from the last rows alone are exact there, and it would weigh
+    more in a sample than in the prompt.
+    """
     if count >= query_blocks:
         return list(range(query_blocks))
-    return [query_blocks - 1 - (query_blocks * step) // count for step in range(count)][::-1]
+    return [query_blocks * (2 * part + 1) // (2 * count) for part in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
