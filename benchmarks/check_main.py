@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import ROOT, Report
 from benchmarks.texts import documents
-from sale_attention import AttentionStatistics, SaleConfig
+from sale_attention import AttentionStatistics, ModelFingerprint, SaleConfig, shipped_profile
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill.v1 import kv_transfer_service_pb2_grpc
 from sale_prefill.v1.kv_transfer_service_pb2_grpc import add_KvTransferServiceServicer_to_server
@@ -147,17 +147,24 @@ class LocalModel:
     def __init__(self) -> None:
         source = resolve_model(DEFAULT_MODEL)
         self.model = load_model(source.path, source.name, device=torch.device("cpu"))
+        self.profile = shipped_profile(ModelFingerprint.of(self.model.module))
+
+    @property
+    def _error_budget(self) -> float | None:
+        """What a server gives those who ask for nothing."""
+        return None if self.profile is None else self.profile.levels[self.profile.default_level].error_budget
 
     def _engine(self, chunk_tokens: int, *, dense: bool) -> Engine:
         mode = AttentionMode.DENSE if dense else AttentionMode.SALE
         return Engine(
             self.model,
             KvPool(self.model.kv_shape, 2**33),
-            AttentionSettings(mode, ServerConfig.threshold, ServerConfig.query_stride),
+            AttentionSettings(mode, ServerConfig.threshold, ServerConfig.query_stride, self._error_budget),
             SaleConfig(),
             chunk_tokens=chunk_tokens,
             attention_backend="auto",
             crossover=True,
+            profile=self.profile,
         )
 
     def _sequence(self, engine: Engine, num_tokens: int) -> Sequence:

@@ -47,6 +47,7 @@ def test_the_wheel_holds_packages_stubs_kernels_and_type_markers(wheel: Path) ->
         "sale_prefill/v1/prefill_service_pb2.pyi",
         "sale_prefill/v1/prefill_service_pb2_grpc.py",
         "sale_attention/csrc/README.md",
+        "sale_attention/profiles/smollm2-135m-instruct.json",
     } <= names
     kernels = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "csrc").rglob("*") if file.is_file()}
     assert {name.removeprefix("sale_attention/") for name in names if "/csrc/" in name} == kernels

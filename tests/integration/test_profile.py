@@ -20,6 +20,8 @@ from sale_prefill_server.config import ConfigError, ServerConfig
 from tests.support import RunningServer, call_error, running_server, tokens_of
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
+#: Of the profile that comes with the package.
+LEVELS = (0.00025, 0.0005, 0.001, 0.002, 0.004)
 
 
 def level(budget: float, tau: float, error: float) -> Level:
@@ -100,6 +102,17 @@ def test_the_server_says_what_it_has(client: Client, profile: Profile) -> None:
     assert info.profile is not None
     assert (info.profile.name, info.profile.error_budgets) == ("tiny", (0.01, 0.05))
     assert info.default_attention == Attention("sale", error_budget=0.05)
+
+
+def test_the_default_model_comes_with_a_profile() -> None:
+    with running_server(model=ServerConfig.model, kv_memory="1G") as server, Client(server.target) as client:
+        info = client.get_server_info()
+        assert info.profile is not None
+        assert (info.profile.name, info.profile.error_budgets) == ("smollm2-135m-instruct", LEVELS)
+        assert info.default_attention == Attention("sale", error_budget=0.001)
+        stats = client.prefill(tokens_of(1500)).stats
+        assert stats.profile is not None
+        assert (stats.profile.digest, stats.profile.error_budget) == (info.profile.digest, 0.001)
 
 
 def test_an_append_keeps_the_sessions_budget(client: Client) -> None:
