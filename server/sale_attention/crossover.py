@@ -56,6 +56,11 @@ def expected_density(position: int, tau: float, query_stride: int) -> float:
     return min(1.0, share * _KEPT_BY_STRIDE[query_stride])
 
 
+def measured_backends() -> tuple[str, ...]:
+    """Names of backends with costs of their own."""
+    return tuple(_COSTS)
+
+
 def crossover_position(costs: AttentionCosts, tau: float, query_stride: int, config: SaleConfig) -> int:
     """First row position, a multiple of 128, from which sparse rows are expected to be cheaper than dense ones.
 

@@ -26,7 +26,7 @@ from .fingerprint import ModelFingerprint
 FORMAT = "sale-prefill-profile"
 VERSION = 1
 STRATEGIES = ("sparse", "streaming", "dense")
-METHODS = ("budget", "paper")
+METHODS = ("budget", "rows", "paper")
 
 Strategy = Literal["sparse", "streaming", "dense"]
 _T = TypeVar("_T")
@@ -99,7 +99,7 @@ class Profile:
         name: to show, such as the model's name.
         fingerprint: the model it belongs to.
         geometry: what it was calibrated with. Another query block serves, too: a larger one keeps more at the same tau.
-        method: "budget" or "paper".
+        method: how heads were settled: "budget" (on predictions), "rows" (a budget on the p99 of row errors), "paper".
         text: what it was calibrated on: names, tokens, seeds.
         key_centres: subtracted from keys before they are quantised.
         levels: one or more.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,14 +12,16 @@ import transformers
 from tqdm import tqdm
 
 from sale_attention import ModelFingerprint, Profile, SaleConfig, get_backend, save_profile
-from sale_attention.crossover import costs_of
-from sale_attention.profile import Geometry, HeadSetting, Level
+from sale_attention.crossover import costs_of, measured_backends
+from sale_attention.profile import Geometry, Level
 from sale_prefill_client._version import __version__
 from sale_prefill_server.models import ModelError
 from sale_prefill_server.models.cache import default_cache_dir
 
-from .calibration import levels, run
-from .calibration.paper import THETA
+from .calibration import levels, paper, run
+from .calibration.measure import Measurement
+from .calibration.menu import Menu
+from .calibration.solve import HeadChoices
 from .calibration.state import CalibrationState
 from .calibration.texts import Document, default_documents, user_documents
 from .models import FidelityModel, load_model
@@ -32,6 +33,11 @@ _BUDGET_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 #: Most a token's predictions may change, in nats, where nobody says otherwise: 98.8 % of the default model's most
 #: likely next tokens stay, over ten documents from 2K to 8K (one H100, float32, 2026-11-25).
 DEFAULT_ERROR_BUDGET = 0.001
+#: The same with `--objective rows`: 1 % of rows may be off by a tenth.
+DEFAULT_ROW_BUDGET = 0.1
+_OBJECTIVES = {"predictions": DEFAULT_ERROR_BUDGET, "rows": DEFAULT_ROW_BUDGET}
+#: The paper's thresholds and no others, so that its profile says exactly what it found.
+_PAPER_MENU = Menu(taus=paper.TAUS, strides=(1,))
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +49,23 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--error-budget",
-        metavar="NATS",
+        metavar="X",
         type=float,
-        default=DEFAULT_ERROR_BUDGET,
-        help=f"most that predictions may change, in nats of divergence a token (default {DEFAULT_ERROR_BUDGET})",
+        help=f"most that predictions may change, in nats of divergence a token (default {DEFAULT_ERROR_BUDGET}); with "
+        f"--objective rows the relative error that 99 %% of rows stay within (default {DEFAULT_ROW_BUDGET})",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=tuple(_OBJECTIVES),
+        default="predictions",
+        help="what the budget is on: predictions, at the least cost (default), or attention's row errors, with the "
+        "fewest blocks",
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="BACKEND",
+        choices=measured_backends(),
+        help=f"backend whose costs count, where it is not this machine's: {', '.join(measured_backends())}",
     )
     parser.add_argument("--method", choices=("budget", "paper"), default="budget", help="paper: thresholds as in SALE")
     parser.add_argument("--tokens", metavar="N", type=int, default=8192, help="length of a document (default 8192)")
@@ -56,13 +75,21 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(arguments: argparse.Namespace) -> int:
     """Writes a profile. Returns an exit status."""
-    if not 0 < arguments.error_budget < float("inf"):
-        print(f"sale-prefill calibrate: --error-budget {arguments.error_budget}: must be above 0", file=sys.stderr)
+    budget = _OBJECTIVES[arguments.objective] if arguments.error_budget is None else arguments.error_budget
+    if not 0 < budget < float("inf"):
+        print(f"sale-prefill calibrate: --error-budget {budget}: must be above 0", file=sys.stderr)
+        return EXIT_ERROR
+    method = "rows" if arguments.objective == "rows" else arguments.method
+    if method != arguments.method == "paper":
+        print(
+            "sale-prefill calibrate: --method paper has an objective of its own: leave out --objective or --method",
+            file=sys.stderr,
+        )
         return EXIT_ERROR
     try:
         model = load_model(arguments.model, device=arguments.device, on_progress=_say)
         documents = _documents(model, arguments)
-        profile = calibrate(model, documents, arguments.error_budget, method=arguments.method, seed=arguments.seed)
+        profile = calibrate(model, documents, budget, method=method, seed=arguments.seed, backend=arguments.costs)
         save_profile(profile, arguments.output)
     except (ModelError, OSError, ValueError) as error:
         print(f"sale-prefill calibrate: {error}", file=sys.stderr)
@@ -91,6 +118,7 @@ def calibrate(
     *,
     method: str = "budget",
     seed: int = 0,
+    backend: str | None = None,
     config: SaleConfig | None = None,
     state_root: Path | None = None,
 ) -> Profile:
@@ -99,24 +127,44 @@ def calibrate(
     Args:
         model: what to calibrate.
         documents: prompts longer than `config.dense_rows`; the paper's method uses the first alone.
-        error_budget: of the default level, nats a token; the paper's method has one level, and measures what it gives.
-        method: "budget" or "paper" (paper, section 4.1: halve tau until the L1 error fits).
+        error_budget: of the default level: nats a token, or for "rows" a relative row error. The paper's method has
+            one level without any, and measures what it gives.
+        method: "budget", "rows" (see `calibration.rows`) or "paper" (paper, section 4.1: halve tau until the L1 error
+            fits).
         seed: of the next tokens that are drawn.
+        backend: whose costs count, such as "cpu-avx512"; by default of the one that is best on the model's device.
         config: block geometry.
         state_root: where finished pieces are kept until the profile is there; an interrupted run goes on.
 
     Raises:
         ValueError: documents that are too short.
     """
-    options = run.MeasuringOptions(config=config or SaleConfig(), seed=seed)
+    menu = _PAPER_MENU if method == "paper" else Menu()
+    options = run.MeasuringOptions(config=config or SaleConfig(), menu=menu, seed=seed)
     short = [document.name for document in documents if len(document.token_ids) <= options.config.dense_rows]
     if short:
         raise ValueError(f"too short to calibrate on (up to {options.config.dense_rows} tokens): {', '.join(short)}")
     root = (default_cache_dir() / "calibration") if state_root is None else state_root
     state = CalibrationState(root, run.state_inputs(model, documents, options))
     passes = 2 * len(documents) + (method == "paper")
+    backend = backend or get_backend("auto", model.device).description
+    costs = costs_of(backend, model.head_dim, model.device.type)
     with tqdm(total=passes * model.num_layers, unit="layer", desc="calibrating") as progress:
-        found = _levels(model, documents, options, state, error_budget, method, lambda: progress.update())
+
+        def on_layer() -> None:
+            progress.update()
+
+        centres = run.key_centres(model, documents, options.config, state, on_layer)
+        measured = run.measure(model, documents, centres, options, state, on_layer)
+        choices = levels.head_choices(measured, menu, costs, options.config)
+        if method == "paper":
+            taus = run.measure_taus(model, documents[0], centres, options.config, state, on_layer=on_layer)
+            found = [_paper_level(taus, measured, menu, choices)]
+            default = found[0]
+        else:
+            found = _budget_levels(error_budget, method, measured, menu, choices)
+            default = found[_BUDGET_FACTORS.index(1.0)]
+    ascending = _by_error_budget(found, default)
     profile = Profile(
         name=model.name,
         fingerprint=ModelFingerprint.of(model.module),
@@ -127,49 +175,42 @@ def calibrate(
             "tokens": [len(document.token_ids) for document in documents],
             "seed": seed,
         },
-        key_centres=found[1],
-        levels=found[0],
-        default_level=[level.error_budget for level in found[0]].index(error_budget),
+        key_centres=centres,
+        levels=ascending,
+        default_level=ascending.index(default),
         created_with={
             "sale-prefill": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "costs": backend,
         },
     )
     state.discard()
     return profile
 
 
-def _levels(
-    model: FidelityModel,
-    documents: list[Document],
-    options: run.MeasuringOptions,
-    state: CalibrationState,
-    error_budget: float,
-    method: str,
-    on_layer: Callable[[], object],
-) -> tuple[tuple[Level, ...], torch.Tensor]:
-    """Levels and key centres."""
-    config, menu = options.config, options.menu
-    costs = costs_of(get_backend("auto", model.device).description, model.head_dim, model.device.type)
-    centres = run.key_centres(model, documents, config, state, on_layer)
-    measured = run.measure(model, documents, centres, options, state, on_layer)
-    choices = levels.head_choices(measured, menu, costs, config)
-    if method == "budget":
-        return levels.budget_levels(measured, menu, choices, [error_budget * f for f in _BUDGET_FACTORS]), centres
-    taus = run.measure_taus(model, documents[0], centres, config, state, theta=THETA, on_layer=on_layer)
-    chosen = [_setting_of(tau, menu.settings) for layer in taus for tau in layer]
-    return (levels.level_of(error_budget, chosen, measured, menu, choices.cost),), centres
+def _budget_levels(
+    error_budget: float, method: str, measured: list[Measurement], menu: Menu, choices: HeadChoices
+) -> list[Level]:
+    """One for each of `_BUDGET_FACTORS`."""
+    make = levels.row_levels if method == "rows" else levels.budget_levels
+    return make(measured, menu, choices, [error_budget * factor for factor in _BUDGET_FACTORS])
 
 
-def _setting_of(tau: float, settings: tuple[HeadSetting, ...]) -> int:
-    if tau == 0:
-        return len(settings) - 1
-    sparse = [
-        index for index, setting in enumerate(settings) if setting.strategy == "sparse" and setting.query_stride == 1
-    ]
-    return min(sparse, key=lambda index: abs((settings[index].tau or 0.0) - tau))
+def _paper_level(taus: list[list[float]], measured: list[Measurement], menu: Menu, choices: HeadChoices) -> Level:
+    """What the paper's thresholds (0: dense) were measured to do."""
+    place = {setting.tau: index for index, setting in enumerate(menu.settings) if setting.strategy == "sparse"}
+    chosen = [place[tau] if tau else menu.measured for layer in taus for tau in layer]
+    return levels.level_of(levels.expected_effect(choices, chosen), chosen, measured, menu, choices.cost)
+
+
+def _by_error_budget(found: list[Level], default: Level) -> tuple[Level, ...]:
+    """One level a budget, ascending, the default one among them: row budgets may come to the same in nats."""
+    unique = {level.error_budget: level for level in [*found, default]}
+    return tuple(unique[budget] for budget in sorted(unique))
 
 
 def _say(line: str) -> None:

@@ -13,7 +13,11 @@ from sale_attention.profile import HeadMeasure, Level
 
 from .measure import Measurement, quantile
 from .menu import Menu
+from .rows import solve_rows
 from .solve import TAIL_SHARE, HeadChoices, head_costs, head_effects, solve
+
+#: Of a level that changes nothing.
+_LEAST_BUDGET = 1e-9
 
 
 def head_choices(
@@ -41,13 +45,30 @@ def head_choices(
 
 def budget_levels(
     measured: Sequence[Measurement], menu: Menu, choices: HeadChoices, budgets: Sequence[float]
-) -> tuple[Level, ...]:
+) -> list[Level]:
     """The cheapest settings within each of `budgets`, ascending, nats a token."""
     ordered = sorted(set(budgets))
-    return tuple(
+    return [
         level_of(budget, chosen, measured, menu, choices.cost)
         for budget, chosen in zip(ordered, solve(choices, ordered), strict=True)
-    )
+    ]
+
+
+def row_levels(
+    measured: Sequence[Measurement], menu: Menu, choices: HeadChoices, budgets: Sequence[float]
+) -> list[Level]:
+    """A level for each of `budgets`: the fewest blocks whose row errors have a p99 within it.
+
+    Their `error_budget` is what they are expected to do to predictions, as everywhere.
+    """
+    solved = [solve_rows(measured, budget) for budget in budgets]
+    return [level_of(expected_effect(choices, chosen), chosen, measured, menu, choices.cost) for chosen in solved]
+
+
+def expected_effect(choices: HeadChoices, chosen: Sequence[int]) -> float:
+    """Expected divergence of predictions with each head at its setting, nats a token; above 0, as every budget."""
+    total = float(choices.effect[torch.arange(len(chosen)), torch.tensor(chosen)].sum())
+    return _rounded(max(total, _LEAST_BUDGET))
 
 
 def level_of(budget: float, chosen: Sequence[int], measured: Sequence[Measurement], menu: Menu, cost: Tensor) -> Level:

@@ -97,6 +97,11 @@ def quantile(histogram: Tensor, share: float) -> Tensor:
     return torch.where(index == 0, 0.0, 10.0**decades).squeeze(-1)
 
 
+def error_sizes() -> Tensor:
+    """The middle of every bin that errors are counted in, float64 `[ERROR_BINS]`."""
+    return 10.0 ** ((torch.arange(ERROR_BINS, dtype=torch.float64) + 0.5) / _BINS_A_DECADE + _LOWEST_DECADE)
+
+
 def count_errors(errors: Tensor) -> Tensor:
     """Errors `[..., rows]` counted by size: int64 `[..., ERROR_BINS]`; the first bin holds all that is smaller."""
     bins = ((errors.clamp(min=1e-30).log10() - _LOWEST_DECADE) * _BINS_A_DECADE).floor()

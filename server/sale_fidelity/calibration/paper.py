@@ -17,6 +17,8 @@ from .capture import LayerCapture
 FIRST_TAU = 0.008
 DENSE_BELOW = 1e-4
 THETA = 0.4
+#: Every threshold that a sparse head can get, ascending.
+TAUS = tuple(FIRST_TAU / 2**step for step in reversed(range(7)))
 
 
 def paper_taus(

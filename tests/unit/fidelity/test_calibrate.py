@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from sale_attention import ModelFingerprint, Profile, SaleConfig, load_profile
+from sale_attention.profile import dumps_profile, loads_profile
 from sale_fidelity.calibration import run
+from sale_fidelity.calibration.measure import Measurement, count_errors
+from sale_fidelity.calibration.paper import TAUS
+from sale_fidelity.calibration.rows import solve_rows
 from sale_fidelity.calibration.solve import HeadChoices, lower_hull, solve
 from sale_fidelity.calibration.state import CalibrationState
 from sale_fidelity.calibration.texts import Document
@@ -79,9 +83,14 @@ def test_an_interrupted_calibration_goes_on_where_it_was(
 
 def test_the_papers_method_halves_tau_until_the_error_fits(model: FidelityModel, tmp_path: Path) -> None:
     profile = calibrated(model, tmp_path, method="paper")
-    taus = {head.tau for layer in profile.levels[0].settings for head in layer if head.strategy == "sparse"}
+    found = run.measure_taus(model, documents()[0], profile.key_centres, CONFIG, CalibrationState(tmp_path, {}))
     assert profile.method == "paper"
-    assert taus <= {0.008, 0.004, 0.002, 0.001, 0.0005}
+    assert [[head.tau or 0.0 for head in layer] for layer in profile.levels[0].settings] == found
+    assert {tau for layer in found for tau in layer} <= {0.0, *TAUS}
+
+
+def test_the_papers_thresholds_stay_above_a_ten_thousandth() -> None:
+    assert TAUS == (0.000125, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)
 
 
 def test_a_stricter_theta_never_raises_a_threshold(model: FidelityModel, tmp_path: Path) -> None:
@@ -134,6 +143,71 @@ def long_documents() -> list[Document]:
     return [replace(document, token_ids=tuple(tokens_of(1200, 7))) for document in documents(1)]
 
 
+def test_the_paper_has_an_objective_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--method", "paper", "--objective", "rows"]
+    assert main(["calibrate", "m", "--output", str(tmp_path / "p.json"), *both]) == 1
+    assert "leave out --objective or --method" in capsys.readouterr().err
+
+
+def test_costs_may_be_another_machines(model: FidelityModel, tmp_path: Path) -> None:
+    profile = calibrate(model, documents(), 0.001, config=CONFIG, backend="cpu-avx2", state_root=tmp_path)
+    assert profile.created_with["costs"] == "cpu-avx2"
+
+
 def test_a_budget_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", "m", "--output", str(tmp_path / "p.json"), "--error-budget", "0"]) == 1
     assert "must be above 0" in capsys.readouterr().err
+
+
+class TestRows:
+    """Budgets on the p99 of row errors."""
+
+    def test_the_p99_of_all_heads_together_keeps_within_the_budget(self) -> None:
+        layer = measured_rows({0.1: [0.5, 0.01], 0.9: [0.05, 0.001]})
+        assert solve_rows([layer], 1.0) == [0, 0]
+        assert solve_rows([layer], 0.1) == [1, 0]
+        assert solve_rows([layer], 0.02) == [2, 0]
+
+    def test_a_head_may_lose_more_than_one_row_in_a_hundred_where_others_lose_fewer(self) -> None:
+        errors = torch.full((4, 1, 1000), 0.001)
+        errors[0, :, :35] = 1.0  # 35 of 4,000 rows, all of one head
+        density = torch.full((4, 1), 10, dtype=torch.int64)
+        assert solve_rows([counted(errors, density)], 0.1) == [0, 0, 0, 0]
+        errors[0, :, :45] = 1.0
+        assert solve_rows([counted(errors, density)], 0.1) == [1, 0, 0, 0]
+
+    @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])
+    def test_a_budget_must_be_above_0(self, budget: float) -> None:
+        with pytest.raises(ValueError, match=r"must be above 0"):
+            solve_rows([measured_rows({0.5: [0.1]})], budget)
+
+    def test_levels_keep_their_budgets_and_say_what_predictions_lose(
+        self, model: FidelityModel, tmp_path: Path
+    ) -> None:
+        profile = calibrated(model, tmp_path, 0.05, method="rows")
+        assert profile.method == "rows"
+        assert profile.levels[profile.default_level].p99_error <= 0.05
+        assert all(level.error_budget > 0 for level in profile.levels)
+        densities = [level.density for level in profile.levels]
+        assert densities == sorted(densities, reverse=True)
+        assert loads_profile(dumps_profile(profile)) == profile
+
+
+def measured_rows(errors: dict[float, list[float]]) -> Measurement:
+    """One layer whose settings, by density, put all rows of each head off by as much as listed."""
+    heads = len(next(iter(errors.values())))
+    rows = torch.tensor(list(errors.values())).t().unsqueeze(2).expand(heads, len(errors), 1000)
+    blocks = torch.tensor([round(100 * density) for density in errors]).expand(heads, len(errors))
+    return counted(rows, blocks)
+
+
+def counted(errors: torch.Tensor, blocks: torch.Tensor) -> Measurement:
+    """Errors `[H, settings, rows]` at `blocks` of 100 key blocks."""
+    zero = Measurement.zero(*errors.shape[:2])
+    return replace(
+        zero,
+        rows=torch.tensor(errors.shape[2]),
+        causal_blocks=torch.tensor(100),
+        computed_blocks=blocks,
+        histogram=count_errors(errors),
+    )
