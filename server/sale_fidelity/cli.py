@@ -36,8 +36,6 @@ DEFAULT_ERROR_BUDGET = 0.001
 #: The same with `--objective rows`: 1 % of rows may be off by a tenth.
 DEFAULT_ROW_BUDGET = 0.1
 _OBJECTIVES = {"predictions": DEFAULT_ERROR_BUDGET, "rows": DEFAULT_ROW_BUDGET}
-#: The paper's thresholds and no others, so that its profile says exactly what it found.
-_PAPER_MENU = Menu(taus=paper.TAUS, strides=(1,))
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +137,7 @@ def calibrate(
     Raises:
         ValueError: documents that are too short.
     """
-    menu = _PAPER_MENU if method == "paper" else Menu()
+    menu = paper.MENU if method == "paper" else Menu()
     options = run.MeasuringOptions(config=config or SaleConfig(), menu=menu, seed=seed)
     short = [document.name for document in documents if len(document.token_ids) <= options.config.dense_rows]
     if short:
@@ -159,8 +157,10 @@ def calibrate(
         choices = levels.head_choices(measured, menu, costs, options.config)
         if method == "paper":
             taus = run.measure_taus(model, documents[0], centres, options.config, state, on_layer=on_layer)
-            found = [_paper_level(taus, measured, menu, choices)]
-            default = found[0]
+            chosen = paper.settings_of(taus)
+            budget = levels.expected_effect(choices, chosen)
+            default = levels.level_of(budget, chosen, measured, menu, choices.cost)
+            found = [default]
         else:
             found = _budget_levels(error_budget, method, measured, menu, choices)
             default = found[_BUDGET_FACTORS.index(1.0)]
@@ -198,13 +198,6 @@ def _budget_levels(
     """One for each of `_BUDGET_FACTORS`."""
     make = levels.row_levels if method == "rows" else levels.budget_levels
     return make(measured, menu, choices, [error_budget * factor for factor in _BUDGET_FACTORS])
-
-
-def _paper_level(taus: list[list[float]], measured: list[Measurement], menu: Menu, choices: HeadChoices) -> Level:
-    """What the paper's thresholds (0: dense) were measured to do."""
-    place = {setting.tau: index for index, setting in enumerate(menu.settings) if setting.strategy == "sparse"}
-    chosen = [place[tau] if tau else menu.measured for layer in taus for tau in layer]
-    return levels.level_of(levels.expected_effect(choices, chosen), chosen, measured, menu, choices.cost)
 
 
 def _by_error_budget(found: list[Level], default: Level) -> tuple[Level, ...]:

@@ -11,8 +11,9 @@ import torch
 from sale_attention import ModelFingerprint, Profile, SaleConfig, load_profile
 from sale_attention.profile import dumps_profile, loads_profile
 from sale_fidelity.calibration import run
+from sale_fidelity.calibration.capture import LayerCapture, forward_layers
 from sale_fidelity.calibration.measure import Measurement, count_errors
-from sale_fidelity.calibration.paper import TAUS
+from sale_fidelity.calibration.paper import TAUS, paper_losses, paper_taus, settled_taus
 from sale_fidelity.calibration.rows import solve_rows
 from sale_fidelity.calibration.solve import HeadChoices, lower_hull, solve
 from sale_fidelity.calibration.state import CalibrationState
@@ -87,6 +88,20 @@ def test_the_papers_method_halves_tau_until_the_error_fits(model: FidelityModel,
     assert profile.method == "paper"
     assert [[head.tau or 0.0 for head in layer] for layer in profile.levels[0].settings] == found
     assert {tau for layer in found for tau in layer} <= {0.0, *TAUS}
+
+
+def test_halving_and_all_losses_at_once_find_the_same_thresholds(model: FidelityModel) -> None:
+    centre = torch.zeros(model.num_kv_heads, model.head_dim)
+    seen: list[list[float]] = []
+
+    def look(capture: LayerCapture) -> None:
+        losses = paper_losses(capture, centre, CONFIG)
+        theta = float(losses.median())
+        seen.append(settled_taus(losses, theta))
+        assert seen[-1] == paper_taus(capture, centre, CONFIG, theta)
+
+    forward_layers(model, documents(1)[0].token_ids, look)
+    assert len({tau for layer in seen for tau in layer}) > 1
 
 
 def test_the_papers_thresholds_stay_above_a_ten_thousandth() -> None:
