@@ -3,9 +3,8 @@
     python -m benchmarks.check_fidelity [--only PART ...] [--device cpu|cuda] [--traces DIR] [--json FILE]
 
 Prints every promise with required and measured, and fails where one falls short. A whole run is written to
-`benchmarks/results/fidelity.json`, some parts of it to `fidelity-partial.json`, which git ignores. The parts `peers`
-and `paper` need the traces (`benchmarks/attention_traces.py` says where); `first_token` is for a CPU on which nothing
-else runs. What is missing makes its lines fail.
+`benchmarks/results/fidelity.json`, some parts of it to `fidelity-partial.json`, which git ignores. The part `peers`
+needs the traces (`benchmarks/attention_traces.py` says where); `first_token` is for a CPU on which nothing else runs. What is missing makes its lines fail.
 """
 
 from __future__ import annotations

@@ -105,8 +105,11 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
 def _documents(model: FidelityModel, arguments: argparse.Namespace) -> list[Document]:
     tokens = min(arguments.tokens, model.max_tokens)
     if arguments.text:
-        return user_documents(model, arguments.text, tokens, arguments.seed)
-    return default_documents(model, tokens, arguments.seed)
+        found = user_documents(model, arguments.text, tokens, arguments.seed)
+    else:
+        found = default_documents(model, tokens, arguments.seed)
+    # Rows of key-value retrieval are off most in heads that hardly matter to any other text (`calibration.rows`).
+    return found[1:] if arguments.objective == "rows" else found
 
 
 def calibrate(

@@ -3,6 +3,9 @@
 The p99 of all heads' row errors together is at most X where no more than 1 % of the rows are off by more than X. That
 share is a sum over heads, so heads trade: one that cannot get better cheaply may lose more rows than 1 %, others fewer.
 What a block costs is not looked at, only how many there are; predictions are not, either.
+
+Real text alone is calibrated on. With key-value retrieval beside it, blocks go to rows that other text does not have:
+0.82 of the paper's density with two real documents and 0.77 with six, against 0.75 with two alone (as below).
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from sale_attention import ModelFingerprint, Profile, SaleConfig, load_profile
 from sale_attention.profile import dumps_profile, loads_profile
@@ -18,9 +20,11 @@ from sale_fidelity.calibration.rows import solve_rows
 from sale_fidelity.calibration.solve import HeadChoices, lower_hull, solve
 from sale_fidelity.calibration.state import CalibrationState
 from sale_fidelity.calibration.texts import Document
-from sale_fidelity.cli import calibrate
+from sale_fidelity.cli import _documents as chosen_documents
+from sale_fidelity.cli import add_calibrate_arguments, calibrate
 from sale_fidelity.models import FidelityModel, load_model
 from sale_prefill_client.cli import main
+from sale_prefill_server.models import DEFAULT_MODEL, resolve_model
 from tests.support import tokens_of
 
 CONFIG = SaleConfig(dense_rows=256, centre_tokens=256)
@@ -206,6 +210,17 @@ class TestRows:
         densities = [level.density for level in profile.levels]
         assert densities == sorted(densities, reverse=True)
         assert loads_profile(dumps_profile(profile)) == profile
+
+
+@pytest.mark.parametrize("objective", ["predictions", "rows"])
+def test_key_value_retrieval_is_among_the_texts_except_for_rows(model: FidelityModel, objective: str) -> None:
+    reader = replace(model, tokenizer=AutoTokenizer.from_pretrained(resolve_model(DEFAULT_MODEL).path))
+    parser = argparse.ArgumentParser()
+    add_calibrate_arguments(parser)
+    given = parser.parse_args(["m", "--output", "p.json", "--tokens", "1500", "--objective", objective])
+    names = [document.name for document in chosen_documents(reader, given)]
+    assert ("key-value retrieval, seed 0" in names) == (objective == "predictions")
+    assert "ipaddress.py" in names
 
 
 def measured_rows(errors: dict[float, list[float]]) -> Measurement:
