@@ -4,7 +4,8 @@
 
 Prints every promise with required and measured, and fails where one falls short. A whole run is written to
 `benchmarks/results/fidelity.json`, some parts of it to `fidelity-partial.json`, which git ignores. The part `peers`
-needs the traces (`benchmarks/attention_traces.py` says where); `first_token` is for a CPU on which nothing else runs. What is missing makes its lines fail.
+needs the traces (`benchmarks/attention_traces.py` says where); `first_token` is for a CPU on which nothing else runs.
+What is missing makes its lines fail.
 """
 
 from __future__ import annotations
