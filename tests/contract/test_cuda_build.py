@@ -30,6 +30,8 @@ SM80, SM90 = ("80", "86", "89"), ("90a",)
 #: None says that a source is host code. A source without an entry fails a test.
 INSTRUCTIONS: dict[str, dict[tuple[str, ...], tuple[str, ...]] | None] = {
     "api.cu": None,
+    "layer.cu": None,
+    "count_blocks.cu": {SM80 + SM90: ("POPC", "REDUX*")},
     "key_centre.cu": {SM80 + SM90: ("DADD",)},
     "quantise_key.cu": {SM80 + SM90: ("LDG.E.128*", "MUFU.RCP")},
     "query_rows.cu": {

@@ -109,6 +109,8 @@ struct Producer {
   __device__ __forceinline__ int take(const Blocks& blocks) const {
     for (;;) {
       const int number = atomicAdd(launch.call.next_work, 1);
+      // Each CTA is told once that there is no more, so this is the last number of all: the next launch finds a zero.
+      if (number == launch.items + static_cast<int>(gridDim.x) - 1) *launch.call.next_work = 0;
       const uint8_t* skip = launch.call.skip_heads;
       if (number >= launch.items || skip == nullptr) return number;
       if (skip[Item(launch.call.grid, blocks.query_blocks(), number).head] == 0) return number;
@@ -534,8 +536,6 @@ extern "C" int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream) {
   launch.call = *call;
   launch.items = Blocks(call->grid).query_blocks() * call->grid.batch * call->grid.heads;
   const auto at = static_cast<cudaStream_t>(stream);
-  if (const cudaError_t cleared = cudaMemsetAsync(call->next_work, 0, sizeof(int32_t), at); cleared != cudaSuccess)
-    return cleared;
   if (call->grid.dtype == SALE_CUDA_F16) return run_size<__half>(launch, at);
   return run_size<__nv_bfloat16>(launch, at);
 }

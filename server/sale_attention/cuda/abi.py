@@ -8,7 +8,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 5
 
 
 #: SaleCudaDtype.
@@ -17,9 +17,8 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether kernels and the copy engine can read it: rows contiguous, start and strides multiples of 16 bytes."""
-    unit = 16 // tensor.element_size()
-    strides_fit = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
-    return strides_fit and tensor.data_ptr() % 16 == 0
+    unit, head, token, element = tensor.stride()
+    return element == 1 and (tensor.data_ptr() | (unit | head | token) * tensor.element_size()) % 16 == 0
 
 
 class Tokens(ctypes.Structure):
@@ -147,6 +146,31 @@ class Attend(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """SaleCudaLayer."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query", Rows),
+        ("output", Rows),
+        *((name, Tokens) for name in ("keys", "values", "key_codes", "key_scales")),
+        ("centre", c_void_p),
+        *((name, c_int64) for name in ("centre_tokens", "start", "dense_until")),
+        ("log_tau", c_void_p),
+        ("strides", POINTER(c_int32)),
+        ("skip_heads", c_void_p),
+        ("unstrided_from", c_int64),
+        *((name, c_void_p) for name in ("query_codes", "thresholds", "words", "next_work")),
+        ("mask_words", c_int64),
+        ("kept", c_void_p),
+        ("lse", c_void_p),
+        ("lse_batch_stride", c_int64),
+        ("lse_head_stride", c_int64),
+        ("scale", c_float),
+        ("events", c_void_p * 5),
+    ]
+
+
 class QuantiseQuery4(ctypes.Structure):
     """SaleCudaQuantiseQuery4."""
 
@@ -204,6 +228,7 @@ CALLS: dict[str, type[ctypes.Structure]] = {
     "query_rows": QueryRows,
     "select": Select,
     "attend": Attend,
+    "layer": Layer,
     "quantise_query_4bit": QuantiseQuery4,
     "quantise_key_4bit": QuantiseKey,
     "select_4bit": Select4,

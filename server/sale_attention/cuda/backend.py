@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sale_attention.backends import register_backend
+from sale_attention.backends import LayerCall, register_backend
 from sale_attention.config import HeadPlan, SaleConfig
 from sale_attention.cuda import abi, library
 from sale_attention.geometry import BlockGrid
@@ -17,8 +18,11 @@ from sale_attention.kv_view import KvView
 from sale_attention.quantise import KeyCodes, QueryCodes
 from sale_attention.reference import ReferenceBackend
 from sale_attention.select import Selection
+from sale_attention.statistics import ESTIMATION_PHASES
 
 _MOST_HEADS = 512
+#: What `SaleCudaLayer` times, in its order.
+_PHASES = (*ESTIMATION_PHASES, "compute")
 
 
 class CudaBackend(ReferenceBackend):
@@ -142,7 +146,7 @@ class CudaBackend(ReferenceBackend):
         shape, key_tokens = _grid(codes, grid, kv), _code_tokens(key_codes, kv.tokens)
         rest = (
             thresholds.data_ptr(),
-            (ctypes.c_int32 * heads)(*plan.strides),
+            _strides(plan.strides),
             plan.unstrided_from,
             words.data_ptr(),
             grid.mask_words,
@@ -186,28 +190,19 @@ class CudaBackend(ReferenceBackend):
         skip = _flags(plan.dense, query.device) if any(plan.dense) else None
         _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), skip)
 
-    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
-        """Where there are kernels: one launch less, and one tail of it."""
-        return self._native(query, kv.head_dim, kv.value_dim, query.dtype) is not None
-
-    def compute_joined(
-        self,
-        query: Tensor,
-        kv: KvView,
-        selection: Selection,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        scale: float,
-        output: Tensor,
-        lse: Tensor,
-        dense_until: int,
-    ) -> None:
-        """See `AttentionBackend.compute_joined`."""
-        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, scale)
-        if native is None:
-            super().compute_joined(query, kv, selection, plan, grid, scale, output, lse, dense_until)
+    def attend_layer(self, call: LayerCall) -> None:
+        """See `AttentionBackend.attend_layer`: with 8-bit codes one call of the library, which launches all phases."""
+        query, kv = call.query, call.kv
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, call.scale)
+        if native is None or call.config.code_bits != 8:
+            super().attend_layer(call)
             return
-        _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), None, dense_until)
+        if call.statistics is None:
+            _attend_layer(native, call, ())
+            return
+        events = call.statistics.timing_events(query.device, len(_PHASES) + 1)
+        _attend_layer(native, call, [event.cuda_event for event in events])
+        call.statistics.time_phases(_PHASES, events)
 
     def attend_all(
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
@@ -283,10 +278,9 @@ def _attend(
     lse: Tensor | None,
     words: Tensor | None,
     skip_heads: Tensor | None,
-    dense_until: int = 0,
 ) -> None:
     query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
-    counter = torch.empty(1, dtype=torch.int32, device=query.device)
+    counter = library.work_counter(query.device)
     call = abi.Attend(
         _grid(query, grid, kv),
         abi.Rows.of(query),
@@ -294,7 +288,7 @@ def _attend(
         abi.Tokens.of(values, kv.page_table, kv.tokens),
         None if words is None else words.data_ptr(),
         grid.mask_words,
-        dense_until,
+        0,
         None if skip_heads is None else skip_heads.data_ptr(),
         abi.Rows.of(output),
         None if lse is None else lse.data_ptr(),
@@ -303,6 +297,65 @@ def _attend(
         counter.data_ptr(),
     )
     library.call(native, "attend", call, query.device)
+
+
+def _attend_layer(native: ctypes.CDLL, call: LayerCall, events: Sequence[int]) -> None:
+    query, kv = _aligned(call.query), call.kv
+    keys, values = _aligned(kv.keys), _aligned(kv.values)
+    batch, heads, all_rows, head_dim = query.shape
+    rows = min(all_rows, kv.tokens - call.dense_until)
+    grid = BlockGrid.of(rows, kv.tokens, call.config)
+    scratch = _Scratch()
+    query_codes = scratch.reserve(batch * heads * rows * head_dim)
+    thresholds = scratch.reserve(batch * heads * rows * 4)
+    words = scratch.reserve(batch * heads * grid.query_blocks * grid.mask_words * 4)
+    held = torch.empty(scratch.size, dtype=torch.uint8, device=query.device)  # holds the memory until all is launched
+    start, counter = held.data_ptr(), library.work_counter(query.device)
+    codes, plan, lse = call.keys.codes, call.plan, call.lse
+    arguments = abi.Layer(
+        _grid(query, BlockGrid.of(all_rows, kv.tokens, call.config), kv),
+        abi.Rows.of(query),
+        abi.Rows.of(call.output),
+        abi.Tokens.of(keys, kv.page_table, kv.tokens),
+        abi.Tokens.of(values, kv.page_table, kv.tokens),
+        *_code_tokens(codes, kv.tokens),
+        codes.centre.data_ptr(),
+        call.keys.centre_tokens,
+        call.keys.start,
+        call.dense_until,
+        call.policy.log_tau(query.device).data_ptr(),
+        _strides(plan.strides),
+        _flags(plan.dense, query.device).data_ptr() if any(plan.dense) else None,
+        plan.unstrided_from,
+        start + query_codes,
+        start + thresholds,
+        start + words,
+        counter.data_ptr(),
+        grid.mask_words,
+        _pointer(call.kept),
+        _pointer(lse),
+        *((0, 0) if lse is None else lse.stride()[:2]),
+        call.scale,
+        tuple(events),
+    )
+    library.call(native, "layer", arguments, query.device)
+
+
+class _Scratch:
+    """Offsets into one buffer, in bytes: every buffer of its own costs the host two microseconds a layer."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def reserve(self, size: int) -> int:
+        offset = self.size
+        self.size += -(-size // 256) * 256
+        return offset
+
+
+@functools.lru_cache(maxsize=256)
+def _strides(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sale_attention import AttentionStatistics, LayerPolicy, SaleConfig, get_backend
-from sale_attention.crossover import NEVER, costs_of, crossover_position
+from sale_attention.crossover import NEVER, costs_of, crossover_position, longest_dense_prompt
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.decode import GraphDecoder
 from sale_prefill_server.engine.model import LoadedModel
@@ -76,15 +76,23 @@ class Engine:
         policy = LayerPolicy.uniform(
             self.model.num_query_heads, tau=settings.threshold, query_stride=settings.query_stride
         )
-        config = replace(self.config, dense_rows=self.crossover(settings))
-        return Sequence(self.pool.create(), settings, config, [policy] * self.model.kv_shape.num_layers)
+        return Sequence(
+            self.pool.create(), settings, self._sparse_from(settings), [policy] * self.model.kv_shape.num_layers
+        )
 
     def crossover(self, settings: AttentionSettings) -> int:
         """Row position from which a session with `settings` is sparse."""
+        return self._sparse_from(settings).dense_rows
+
+    def _sparse_from(self, settings: AttentionSettings) -> SaleConfig:
+        """The geometry with what is dense for a session's whole life: first rows, and short prompts."""
         if not self._has_crossover:
-            return self.config.dense_rows
+            return self.config
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
-        return crossover_position(costs, settings.threshold, settings.query_stride, self.config)
+        method = (settings.threshold, settings.query_stride)
+        rows = crossover_position(costs, *method, self.config)
+        prompt = longest_dense_prompt(costs, *method, self.model.num_query_heads, rows)
+        return replace(self.config, dense_rows=rows, dense_prompt_tokens=prompt)
 
     def next_boundary(self, position: int, end: int) -> int:
         """Where the chunk that starts at `position` ends."""
