@@ -148,8 +148,7 @@ class _Call:
         short_rows = min(max(0, self.dense_until - offset), rows)
         if self.statistics is not None:
             self.statistics.count_rows(rows, batch * heads)
-        # Laid out as models want it next, [B, Nq, H, d_v], so that joining the heads copies nothing.
-        output = self.query.new_empty(batch, rows, heads, self.kv.value_dim).transpose(1, 2)
+        output = self._new_output()
         lse = self.query.new_empty(batch, heads, rows, dtype=torch.float32) if self.return_lse else None
         if short_rows < rows and not all(self.plan.dense):
             self._count_dense(BlockGrid.of(short_rows, offset + short_rows, self.config), range(heads), "short")
@@ -160,6 +159,12 @@ class _Call:
         if short_rows < rows and any(self.plan.dense):
             self._dense_heads(slice(short_rows, rows), output, lse)
         return AttentionResult(output, lse)
+
+    def _new_output(self) -> Tensor:
+        """In memory `[B, Nq, H, d_v]`, as models want it next, so that joining the heads copies nothing."""
+        batch, heads, rows, _ = self.query.shape
+        dim = self.kv.value_dim
+        return self.query.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))
 
     def _sparse(self, short_rows: int, output: Tensor, lse: Tensor | None) -> None:
         query, kv, statistics = self.query, self.kv, self.statistics
@@ -219,7 +224,7 @@ class _Call:
         with self._phase("dense"):
             # A single row is a decoded token: the kernels of backends are made for blocks of rows.
             if exact and rows > 1 and self.backend.takes_dense(query, kv):
-                output = query.new_empty(batch, rows, heads, kv.value_dim).transpose(1, 2)
+                output = self._new_output()
                 sums = torch.empty(batch, heads, rows, device=query.device) if self.return_lse else None
                 grid = BlockGrid.of(rows, kv.tokens, self.config)
                 self.backend.attend_all(query, kv, grid, self.scale, output, sums)

@@ -194,6 +194,21 @@ def test_the_library_of_a_target_loads_and_has_every_entry_point(builds: Builds,
     abi.declare(ctypes.CDLL(str(library)))
 
 
+#: Functions that take another function's structure.
+SHARED = {"quantise_key_4bit": "QuantiseKey", "quantise_query_4bit": "QuantiseQuery4", "select_4bit": "Select4"}
+
+
+def test_the_package_packs_structures_as_the_header_lays_them_out(tmp_path: Path) -> None:
+    checks = "\n".join(
+        f"static_assert(sizeof(SaleCuda{SHARED.get(name, name.title().replace('_', ''))}) == {layout.size});"
+        for name, layout in abi.CALLS.items()
+    )
+    source = tmp_path / "sizes.cpp"
+    source.write_text(f'#include "sale_prefill/cuda_api.h"\n{checks}\n')
+    compiled = run("g++", "-std=c++17", "-fsyntax-only", f"-I{kernel_source_root() / 'include'}", source)
+    assert compiled.returncode == 0, compiled.stdout
+
+
 def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
     spilling = tmp_path / "spilling.cu"
     spilling.write_text(

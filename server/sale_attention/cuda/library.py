@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -111,19 +112,25 @@ def work_counter(device: torch.device) -> torch.Tensor:
 _WORK_COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+def call(library: ctypes.CDLL, name: str, arguments: Sequence[float], device: torch.device) -> None:
     """Launch a kernel on the device's current stream.
+
+    Args:
+        library: of the device.
+        name: one of `abi.CALLS`.
+        arguments: the members of its structure, in order, nested ones flat.
+        device: where.
 
     Raises:
         RuntimeError: the launch failed; names the CUDA error.
     """
-    function = getattr(library, f"sale_cuda_{name}")
+    function, packed = getattr(library, f"sale_cuda_{name}"), abi.CALLS[name].pack(*arguments)
     stream = torch._C._cuda_getCurrentRawStream(device.index)  # torch.cuda.current_stream takes thirty times as long
     if torch.cuda.current_device() == device.index:  # entering and leaving a device costs as much as a launch
-        status = function(ctypes.byref(arguments), stream)
+        status = function(packed, stream)
     else:
         with torch.cuda.device(device):
-            status = function(ctypes.byref(arguments), stream)
+            status = function(packed, stream)
     if status > 0:
         raise RuntimeError(f"CUDA kernel {name}: cudaError {status} at launch")
     if status < 0:
