@@ -15,9 +15,10 @@
 //   key_free[s], value_free[s]                   1 arrival a consumer warp
 //   named 2, 3: turns of warpgroup 0, 1; named 4, 5: all of warpgroup 0, 1, after a tail of values was zeroed
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 32 KiB + V 32 KiB); 224 KiB in all.
-#include "../mma.cuh"
 #include "../attend_work.cuh"
+#include "../launch.cuh"
 #include "../layout.cuh"
+#include "../mma.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
@@ -503,9 +504,8 @@ int run(Launch& launch, cudaStream_t stream) {
   const SaleCudaGrid& grid = launch.call.grid;
   using SharedMemory = Shared<T, kDim, kWarpgroups>;
   const size_t bytes = sizeof(SharedMemory) + 1024;
-  const cudaError_t raised = cudaFuncSetAttribute(
-      attend_kernel<T, kDim, kWarpgroups>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (raised != cudaSuccess) return raised;
+  const cudaError_t allowed = allow_shared_memory<attend_kernel<T, kDim, kWarpgroups>>(bytes);
+  if (allowed != cudaSuccess) return allowed;
   const SaleCudaRows& query = launch.call.query;
   const SaleCudaTokens rows{query.data,  query.batch_stride, query.head_stride, query.row_stride,
                             grid.batch, grid.rows,          nullptr,           0,               0};

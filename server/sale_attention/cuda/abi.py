@@ -49,7 +49,7 @@ NO_TOKENS: Numbers = (0,) * 9
 def is_aligned(tensor: Tensor) -> bool:
     """Whether kernels and the copy engine can read it: rows contiguous, start and strides multiples of 16 bytes."""
     unit, head, token, element = tensor.stride()
-    return element == 1 and (tensor.data_ptr() | (unit | head | token) * tensor.element_size()) % 16 == 0
+    return element == 1 and not (tensor.data_ptr() | (unit | head | token) * tensor.itemsize) & 15
 
 
 def tokens_of(tensor: Tensor, page_table: Tensor | None, tokens: int) -> Numbers:
