@@ -77,15 +77,11 @@ class Engine:
             self.model.num_query_heads, tau=settings.threshold, query_stride=settings.query_stride
         )
         return Sequence(
-            self.pool.create(), settings, self._sparse_from(settings), [policy] * self.model.kv_shape.num_layers
+            self.pool.create(), settings, self.geometry(settings), [policy] * self.model.kv_shape.num_layers
         )
 
-    def crossover(self, settings: AttentionSettings) -> int:
-        """Row position from which a session with `settings` is sparse."""
-        return self._sparse_from(settings).dense_rows
-
-    def _sparse_from(self, settings: AttentionSettings) -> SaleConfig:
-        """The geometry with what is dense for a session's whole life: first rows, and short prompts."""
+    def geometry(self, settings: AttentionSettings) -> SaleConfig:
+        """Of a session with `settings`, for its whole life: with the rows and the prompts that run dense."""
         if not self._has_crossover:
             return self.config
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
