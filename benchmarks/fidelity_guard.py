@@ -85,7 +85,7 @@ def engine_of(
         SaleConfig(query_block=backend.query_block),
         chunk_tokens=2048 if model.device.type == "cpu" else 8192,
         attention_backend="auto",
-        crossover=True,
+        crossover=model.device.type == "cpu",  # a GPU would run prompts of this length dense
         profile=profile,
         guard=Guard(GuardSettings(share, True, seed=0), expectations or profile, lambda report: None),
     )

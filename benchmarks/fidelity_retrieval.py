@@ -16,11 +16,13 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_rows import Row
 from benchmarks.report import ROOT, provenance
+from sale_fidelity import half
 from sale_fidelity.evaluation import retrieval
 from sale_fidelity.evaluation.evaluate import compare_retrieval, header
 from sale_fidelity.evaluation.setting import EvaluationSetting, find_profile, profile_setting
@@ -67,6 +69,8 @@ def measure(
     model = load_model(DEFAULT_MODEL, device=device, dtype="float32")
     found = find_profile(model, profile)
     setting = profile_setting(model, found, error_budget=error_budget)
+    if model.device.type == "cuda":  # twenty times as fast as float32 throughout
+        setting = replace(setting, backend=half.NAME)
     started, done = time.perf_counter(), 0
 
     def count(_: str) -> None:

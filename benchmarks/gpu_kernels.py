@@ -28,7 +28,7 @@ from benchmarks.attention_traces import load_trace
 from benchmarks.gpu_rows import Row, at_least, at_most, information
 from sale_attention import AttentionStatistics, BlockGrid, KvView, LayerPolicy, SaleConfig, attend, get_backend
 from sale_attention.config import HeadPlan
-from sale_attention.crossover import costs_of, crossover_position
+from sale_attention.crossover import costs_of, crossover_position, longest_dense_prompt
 from sale_attention.quantise import KeyCodes
 from sale_attention.select import Selection
 
@@ -306,8 +306,11 @@ def short_rows(file: Path | None, pairs: int = 30) -> list[Row]:
     """
     found: dict[int, dict[str, dict[str, float]]] = {}
     backend = get_backend("cuda")
-    crossover = crossover_position(costs_of(backend.description, DIM), TAU, 2, CONFIG)
-    config = replace(CONFIG, dense_rows=crossover)
+    costs = costs_of(backend.description, DIM)
+    crossover = crossover_position(costs, TAU, 2, CONFIG)
+    config = replace(
+        CONFIG, dense_rows=crossover, dense_prompt_tokens=longest_dense_prompt(costs, [(TAU, 2)] * HEADS, 1, crossover)
+    )
     policy = LayerPolicy.uniform(HEADS, TAU, 2)
     layer = random_layer(8192) if file is None else trace_layer(file)
     for tokens in (1024, 2048, 3072, 4096, 5120, 6144, 8192):
@@ -322,15 +325,16 @@ def short_rows(file: Path | None, pairs: int = 30) -> list[Row]:
         calls, captured = ({n: statistics.median(t) for n, t in times.items()} for times in (taken, graphs))
         found[tokens] = {"calls": calls, "graphs": captured}
         print(f"     {tokens}: graphs {captured}, single calls {calls}", flush=True)
-    return [_short_row(found, how, crossover) for how in ("graphs", "calls")]
+    return [_short_row(found, how, config) for how in ("graphs", "calls")]
 
 
-def _short_row(found: dict[int, dict[str, dict[str, float]]], how: str, crossover: int) -> Row:
+def _short_row(found: dict[int, dict[str, dict[str, float]]], how: str, config: SaleConfig) -> Row:
     best = {tokens: min(times[how]["cudnn"], times[how]["fa2"]) for tokens, times in found.items()}
     over = {tokens: times[how]["sale"] - best[tokens] for tokens, times in found.items()}
     worst = max(over[tokens] - max(0.05 * best[tokens], 0.020) for tokens in found)
     faster = [tokens for tokens in found if over[tokens] < 0]
-    measured = f"worst {1e3 * worst:+.0f} us of the allowance; faster at {faster}; crossover {crossover}"
+    sparse = f"sparse past {config.dense_prompt_tokens} tokens, from row {config.dense_rows} on"
+    measured = f"worst {1e3 * worst:+.0f} us of the allowance; faster at {faster}; {sparse}"
     details: dict[str, Any] = {"milliseconds": {tokens: times[how] for tokens, times in found.items()}}
     named = {"graphs": "GPU time", "calls": "calls from Python"}[how]
     line = f"1K - 8K, 30 pairs, {named}, slower than dense by more than 5 % or 20 us"

@@ -327,7 +327,12 @@ def measure_default_model(
         answer_tokens: most tokens of an answer.
         questions: take that many prompts of each kind only.
     """
-    with child_server({"device": reference}) as expected, child_server({"device": device}) as got:
+    # A GPU runs prompts of this length and model dense, left to itself.
+    settings = {"dense_rows": SaleConfig().dense_rows}
+    with (
+        child_server({"device": reference, **settings}) as expected,
+        child_server({"device": device, **settings}) as got,
+    ):
         _say(f"servers ready after {expected.start_seconds:.1f} and {got.start_seconds:.1f} s")
         tokenizer = expected.client.tokenizer()
         prompts = {

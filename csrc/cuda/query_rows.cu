@@ -15,8 +15,9 @@
 // sm_80 and sm_90; 11 blocks where a multiprocessor has less), 16-byte pieces of odd keys swapped by halves against bank
 // conflicts. Barriers: one __syncthreads a tile.
 #include "codes.cuh"
-#include "mma.cuh"
+#include "launch.cuh"
 #include "layout.cuh"
+#include "mma.cuh"
 #include "ptx.cuh"
 
 namespace sale::cuda {
@@ -377,8 +378,9 @@ int run(Launch& launch, cudaStream_t stream) {
   const int ctas = static_cast<int>(units < resident ? units : resident);
   const auto kernel = launch.ring > 0 ? query_rows<T, kDim, true> : query_rows<T, kDim, false>;
   const int bytes = wants_keys ? launch.slots * kBlockBytes : 0;
-  const cudaError_t raised = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (raised != cudaSuccess) return raised;
+  const cudaError_t allowed = launch.ring > 0 ? allow_shared_memory<query_rows<T, kDim, true>>(bytes)
+                                              : allow_shared_memory<query_rows<T, kDim, false>>(bytes);
+  if (allowed != cudaSuccess) return allowed;
   kernel<<<ctas, 32 * kWarps, bytes, stream>>>(launch);
   return cudaGetLastError();
 }

@@ -9,14 +9,14 @@ from . import cuda as _cuda
 from . import reference as _reference
 from .attention import AttentionResult, attend
 from .audit import Audit, Tile, TileResult
-from .backends import AttentionBackend, AttentionRequest, available_backends, get_backend, register_backend
+from .backends import AttentionBackend, AttentionRequest, LayerCall, available_backends, get_backend, register_backend
 from .config import DEFAULT_TAU, HeadPlan, LayerPolicy, SaleConfig
 from .decode import DecodeStep, decode_attention, has_decode_kernel
 from .fingerprint import ModelFingerprint
 from .geometry import BlockGrid
 from .kv_view import KvView
 from .profile import Profile, ProfileError, load_profile, save_profile, shipped_profile
-from .quantise import KeyCodes, QueryCodes
+from .quantise import KeyCodes, KeyExtension, QueryCodes
 from .select import Selection
 from .state import LayerState
 from .statistics import AttentionStatistics
@@ -34,7 +34,9 @@ __all__ = [
     "DecodeStep",
     "HeadPlan",
     "KeyCodes",
+    "KeyExtension",
     "KvView",
+    "LayerCall",
     "LayerPolicy",
     "LayerState",
     "ModelFingerprint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from .audit import Audit
-from .backends import AUTO, AttentionBackend, AttentionRequest, get_backend
+from .backends import AUTO, AttentionBackend, AttentionRequest, LayerCall, get_backend
 from .config import HeadPlan, LayerPolicy, SaleConfig
 from .dense import dense_attention, dense_log_sum_exp
 from .geometry import BlockGrid
 from .kv_view import KvView
-from .quantise import KeyCodes
-from .select import Selection
 from .state import LayerState
 from .statistics import AttentionStatistics
 
@@ -56,10 +54,10 @@ def attend(
 ) -> AttentionResult:
     """Causal attention of `query`, the last Nq positions of `kv`, by SALE (arXiv 2505.24179).
 
-    Rows below `config.dense_rows`, heads with tau = 0, and calls that SALE or the backend does not cover run dense;
-    `statistics` says which and why. Results do not depend on how a prompt is split into calls if the splits lie at
-    multiples of 128 and `prompt_end` is the same in each. What is asked to be dense may take other kernels for one row
-    than for several, with the last bits that these give.
+    Rows below `config.dense_rows`, prompts up to `config.dense_prompt_tokens`, heads with tau = 0, and calls that SALE
+    or the backend does not cover run dense; `statistics` says which and why. Results do not depend on how a prompt is
+    split into calls if the splits lie at multiples of 128 and `prompt_end` is the same in each. What is asked to be
+    dense may take other kernels for one row than for several, with the last bits that these give.
 
     Args:
         query: `[B, H, Nq, d]`, bfloat16, float16, float32 or float64; H a multiple of the KV heads.
@@ -85,6 +83,7 @@ def attend(
     policy = LayerPolicy.uniform(query.shape[1]) if policy is None else policy
     if policy.num_heads != query.shape[1]:
         raise ValueError(f"the policy has {policy.num_heads} heads, the query {query.shape[1]}")
+    end = kv.tokens if prompt_end is None else prompt_end
     call = _Call(
         query=query,
         kv=kv,
@@ -92,7 +91,8 @@ def attend(
         config=config,
         state=state,
         scale=1.0 / math.sqrt(query.shape[3]) if scale is None else scale,
-        plan=HeadPlan.resolve(policy, config, kv.tokens if prompt_end is None else prompt_end),
+        plan=HeadPlan.resolve(policy, config, end),
+        dense_until=kv.tokens if end <= config.dense_prompt_tokens else config.dense_rows,
         statistics=statistics,
         layer=layer,
         backend=get_backend(backend, query.device),
@@ -107,7 +107,7 @@ def attend(
     return call.run()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that costs five times as long to make, in every layer
 class _Call:
     """One `attend`, its defaults filled in."""
 
@@ -118,6 +118,7 @@ class _Call:
     state: LayerState | None
     scale: float
     plan: HeadPlan
+    dense_until: int
     statistics: AttentionStatistics | None
     layer: int
     backend: AttentionBackend
@@ -133,89 +134,97 @@ class _Call:
         return self.backend.supports(AttentionRequest(self.query, self.kv, self.policy, self.config))
 
     def _wants_gradients(self) -> bool:
-        tensors = (self.query, self.kv.keys, self.kv.values)
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not torch.is_grad_enabled():
+            return False
+        return self.query.requires_grad or self.kv.keys.requires_grad or self.kv.values.requires_grad
 
     def all_dense(self, reason: str, explanation: str | None, window: int | None) -> AttentionResult:
         """Everything through dense attention."""
         batch, heads, rows, _ = self.query.shape
-        self._count_dense(BlockGrid.of(rows, self.kv.tokens, self.config), list(range(heads)), reason, explanation)
+        self._count_dense(BlockGrid.of(rows, self.kv.tokens, self.config), range(heads), reason, explanation)
         if self.statistics is not None:
             self.statistics.count_rows(rows, batch * heads)
         return AttentionResult(*self._dense(self.query, self.kv, window))
 
     def run(self) -> AttentionResult:
-        """Short rows first, then the sparse ones."""
+        """Short rows and sparse heads, then dense heads."""
         batch, heads, rows, _ = self.query.shape
         offset = self.kv.tokens - rows
-        short_rows = min(max(0, self.config.dense_rows - offset), rows)
+        short_rows = min(max(0, self.dense_until - offset), rows)
         if self.statistics is not None:
             self.statistics.count_rows(rows, batch * heads)
-        # Laid out as models want it next, [B, Nq, H, d_v], so that joining the heads copies nothing.
-        output = self.query.new_empty(batch, rows, heads, self.kv.value_dim).transpose(1, 2)
-        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=self.query.device)
-        joined = 0 < short_rows < rows and self._joins_short_rows()
-        if joined:
-            self._count_dense(BlockGrid.of(short_rows, offset + short_rows, self.config), list(range(heads)), "short")
+        output = self._new_output()
+        wants_lse = self.return_lse or self.audit is not None
+        lse = self.query.new_empty(batch, heads, rows, dtype=torch.float32) if wants_lse else None
+        if short_rows < rows and not all(self.plan.dense):
+            self._count_dense(BlockGrid.of(short_rows, offset + short_rows, self.config), range(heads), "short")
+            self._sparse(short_rows, output, lse)
         elif short_rows:
-            kv = self.kv.prefix(offset + short_rows)
+            kv = self.kv if short_rows == rows else self.kv.prefix(offset + short_rows)
             self._attend_all(range(heads), slice(0, short_rows), kv, output, lse, "short")
-        if short_rows < rows:
-            self._sparse(slice(short_rows, rows), output, lse, joined)
-            if self.audit is not None:
-                self.audit.observe(self.layer, self.query, self.kv, output, lse, self.scale)
+        if short_rows < rows and any(self.plan.dense):
+            self._dense_heads(slice(short_rows, rows), output, lse)
+        if short_rows < rows and self.audit is not None and lse is not None:
+            self.audit.observe(self.layer, self.query, self.kv, output, lse, self.scale)
         return AttentionResult(output, lse if self.return_lse else None)
 
-    def _joins_short_rows(self) -> bool:
-        whole_blocks = self.config.dense_rows % self.config.query_block == 0
-        return whole_blocks and not any(self.plan.dense) and self.backend.joins_short_rows(self.query, self.kv)
+    def _new_output(self) -> Tensor:
+        """In memory `[B, Nq, H, d_v]`, as models want it next, so that joining the heads copies nothing."""
+        batch, heads, rows, _ = self.query.shape
+        dim = self.kv.value_dim
+        return self.query.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))
 
-    def _sparse(self, rows: slice, all_output: Tensor, all_lse: Tensor, joined: bool) -> None:
-        query, output, lse = self.query[:, :, rows], all_output[:, :, rows], all_lse[:, :, rows]
-        grid = BlockGrid.of(query.shape[2], self.kv.tokens, self.config)
-        kv, plan, backend, scale = self.kv, self.plan, self.backend, self.scale
-        if not all(plan.dense):
-            with self._phase("quantise"):
-                key_codes = self._key_codes()
-            with self._phase("sink_local"):
-                query_codes, thresholds = backend.prepare_rows(
-                    query, kv, key_codes.centre, grid, self.config, self.policy.log_tau(query.device), scale
-                )
-            with self._phase("select"):
-                selection = backend.select(query_codes, key_codes, thresholds, plan, grid, kv)
-            with self._phase("compute"):
-                if joined:
-                    whole = BlockGrid.of(self.query.shape[2], kv.tokens, self.config)
-                    start = self.config.dense_rows
-                    backend.compute_joined(self.query, kv, selection, plan, whole, scale, all_output, all_lse, start)
-                else:
-                    backend.compute(query, kv, selection, plan, grid, scale, output, lse)
-            self._count_sparse(grid, selection)
-        group = query.shape[1] // kv.kv_heads
-        for kv_head in range(kv.kv_heads):
-            heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if plan.dense[head]]
-            if heads:
-                self._attend_all(heads, rows, kv.kv_head(kv_head), all_output, all_lse, "head")
-
-    def _key_codes(self) -> KeyCodes:
+    def _sparse(self, short_rows: int, output: Tensor, lse: Tensor | None) -> None:
+        query, kv, statistics = self.query, self.kv, self.statistics
+        kept = None if statistics is None else statistics.kept_blocks(self.layer, query.shape[1], query.device)
         state = LayerState() if self.state is None else self.state
-        return state.update(self.kv, self.policy, self.config, self.backend)
+        keys = state.extension(kv, self.policy, self.config)
+        self.backend.attend_layer(
+            LayerCall(
+                query=query,
+                kv=kv,
+                keys=keys,
+                policy=self.policy,
+                plan=self.plan,
+                config=self.config,
+                scale=self.scale,
+                dense_until=self.dense_until,
+                output=output,
+                lse=lse,
+                kept=kept,
+                statistics=statistics,
+            )
+        )
+        state.accept(keys, kv, self.config)
+        self._count_sparse(BlockGrid.of(query.shape[2] - short_rows, kv.tokens, self.config))
+
+    def _dense_heads(self, rows: slice, output: Tensor, lse: Tensor | None) -> None:
+        kv = self.kv
+        group = self.query.shape[1] // kv.kv_heads
+        for kv_head in range(kv.kv_heads):
+            heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if self.plan.dense[head]]
+            if heads:
+                self._attend_all(heads, rows, kv.kv_head(kv_head), output, lse, "head")
 
     def _attend_all(
-        self, heads: Iterable[int], rows: slice, kv: KvView, all_output: Tensor, all_lse: Tensor, reason: str
+        self, heads: Sequence[int], rows: slice, kv: KvView, all_output: Tensor, all_lse: Tensor | None, reason: str
     ) -> None:
         """Exact attention of some heads' rows; the heads share `kv`, or are all of them."""
-        chosen = list(heads)
-        whole = len(chosen) == self.query.shape[1]
-        query, output, lse = (
-            tensor[:, :, rows] if whole else tensor[:, chosen, rows] for tensor in (self.query, all_output, all_lse)
-        )
-        grid = BlockGrid.of(query.shape[2], kv.tokens, self.config)
-        self._count_dense(grid, chosen, reason)
+        grid = BlockGrid.of(rows.stop - rows.start, kv.tokens, self.config)
+        self._count_dense(grid, heads, reason)
+        every_head = len(heads) == self.query.shape[1]
         with self._phase("dense"):
-            self.backend.attend_all(query, kv, grid, self.scale, output, lse if self.return_lse else None)
-            if not whole:
-                all_output[:, chosen, rows], all_lse[:, chosen, rows] = output, lse
+            if every_head and grid.query_tokens == self.query.shape[2]:
+                self.backend.attend_all(self.query, kv, grid, self.scale, all_output, all_lse)
+                return
+            chosen = slice(None) if every_head else list(heads)
+            query, output = self.query[:, chosen, rows], all_output[:, chosen, rows]
+            lse = None if all_lse is None else all_lse[:, chosen, rows]
+            self.backend.attend_all(query, kv, grid, self.scale, output, lse)
+            if not every_head:
+                all_output[:, chosen, rows] = output
+                if all_lse is not None and lse is not None:
+                    all_lse[:, chosen, rows] = lse
 
     def _dense(self, query: Tensor, kv: KvView, window: int | None) -> tuple[Tensor, Tensor | None]:
         batch, heads, rows, _ = query.shape
@@ -223,7 +232,7 @@ class _Call:
         with self._phase("dense"):
             # A single row is a decoded token: the kernels of backends are made for blocks of rows.
             if exact and rows > 1 and self.backend.takes_dense(query, kv):
-                output = query.new_empty(batch, rows, heads, kv.value_dim).transpose(1, 2)
+                output = self._new_output()
                 sums = torch.empty(batch, heads, rows, device=query.device) if self.return_lse else None
                 grid = BlockGrid.of(rows, kv.tokens, self.config)
                 self.backend.attend_all(query, kv, grid, self.scale, output, sums)
@@ -232,42 +241,46 @@ class _Call:
             lse = dense_log_sum_exp(query, kv, scale=self.scale, window=window) if self.return_lse else None
         return output, lse
 
-    def _count_dense(self, grid: BlockGrid, heads: list[int], reason: str, explanation: str | None = None) -> None:
-        if self.statistics is None:
+    def _count_dense(self, grid: BlockGrid, heads: Sequence[int], reason: str, explanation: str | None = None) -> None:
+        if self.statistics is None or not grid.query_tokens:
             return
         batch, all_heads = self.query.shape[:2]
-        blocks = torch.zeros(all_heads, dtype=torch.int64)
-        blocks[heads] = grid.causal_blocks() * batch
-        blocks = blocks.to(self.query.device, non_blocking=True)
+        blocks = [0] * all_heads
+        for head in heads:
+            blocks[head] = grid.causal_blocks() * batch
         self.statistics.count_blocks(self.layer, blocks, blocks)
         self.statistics.count_dense(grid.query_tokens, batch * len(heads), reason, explanation)
 
-    def _count_sparse(self, grid: BlockGrid, selection: Selection) -> None:
+    def _count_sparse(self, grid: BlockGrid) -> None:
+        """What is known before anything is selected; the backend counts what is kept."""
         if self.statistics is None:
             return
-        kept_blocks = selection.kept_blocks()
         batch = self.query.shape[0]
-        sparse = torch.tensor([not dense for dense in self.plan.dense]).to(kept_blocks.device, non_blocking=True)
-        computed = (kept_blocks + grid.always_attended_blocks() * batch) * sparse
-        self.statistics.count_blocks(self.layer, computed, sparse * (grid.causal_blocks() * batch))
+        always, causal = grid.always_attended_blocks() * batch, grid.causal_blocks() * batch
+        sparse = [not dense for dense in self.plan.dense]
+        self.statistics.count_blocks(self.layer, [always * head for head in sparse], [causal * head for head in sparse])
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.statistics is None else self.statistics.phase(name, self.query.device)
 
 
 def _check_inputs(query: Tensor, kv: KvView, window: int | None) -> None:
-    if query.ndim != 4 or query.shape[2] == 0:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it must be [batch, heads, rows >= 1, head_dim]")
-    if query.shape[0] != kv.batch or query.shape[3] != kv.head_dim or query.shape[1] % kv.kv_heads:
+    shape, keys = query.shape, kv.keys
+    if len(shape) != 4 or shape[2] == 0:
+        raise ValueError(f"query has shape {tuple(shape)}; it must be [batch, heads, rows >= 1, head_dim]")
+    batch, heads, rows, head_dim = shape
+    _, kv_heads, _, key_dim = keys.shape
+    if batch != kv.batch or head_dim != key_dim or heads % kv_heads:
         raise ValueError(
-            f"query {tuple(query.shape)} does not fit keys of batch {kv.batch}, {kv.kv_heads} kv heads and head_dim "
-            f"{kv.head_dim}: batch and head_dim must be equal, heads a multiple of the kv heads"
+            f"query {tuple(shape)} does not fit keys of batch {kv.batch}, {kv_heads} kv heads and head_dim "
+            f"{key_dim}: batch and head_dim must be equal, heads a multiple of the kv heads"
         )
-    if query.shape[2] > kv.tokens:
-        raise ValueError(f"{query.shape[2]} query rows but only {kv.tokens} keys; rows stand at the end of the keys")
-    if query.dtype not in _DTYPES or query.dtype != kv.dtype or query.device != kv.device:
+    if rows > kv.tokens:
+        raise ValueError(f"{rows} query rows but only {kv.tokens} keys; rows stand at the end of the keys")
+    dtype = query.dtype
+    if dtype not in _DTYPES or dtype != keys.dtype or query.device != keys.device:
         raise ValueError(
-            f"query is {query.dtype} on {query.device}, keys are {kv.dtype} on {kv.device}; they must agree, in "
+            f"query is {dtype} on {query.device}, keys are {kv.dtype} on {kv.device}; they must agree, in "
             f"bfloat16, float16, float32 or float64"
         )
     if window is not None and window < 1:

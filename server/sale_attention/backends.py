@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 from .config import HeadPlan, LayerPolicy, SaleConfig
 from .geometry import BlockGrid
 from .kv_view import KvView
-from .quantise import KeyCodes, QueryCodes, default_key_centre
+from .quantise import KeyCodes, KeyExtension, QueryCodes, default_key_centre
 from .select import Selection
 from .sink_local import row_thresholds
+from .statistics import AttentionStatistics
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionRequest:
+class AttentionRequest(NamedTuple):
     """What a backend is asked whether it can do.
 
     Attributes:
@@ -31,6 +32,42 @@ class AttentionRequest:
     kv: KvView
     policy: LayerPolicy
     config: SaleConfig
+
+
+class LayerCall(NamedTuple):
+    """A call of `attend` with sparse rows, its defaults filled in.
+
+    Attributes:
+        query: `[B, H, Nq, d]`, the last rows of the keys.
+        kv: keys and values, contiguous or paged.
+        keys: codes of the keys: those that are there, and room for the others.
+        policy: per-head settings.
+        plan: the policy resolved for this call; some head is not dense.
+        config: block geometry and code width.
+        scale: softmax scale.
+        dense_until: absolute position; rows before it attend to everything, in all heads. Some row comes after it.
+        output: `[B, H, Nq, d_v]`, written; its last dimension is contiguous.
+        lse: float32 `[B, H, Nq]`, written; None: not wanted.
+        kept: int64 `[H]`, to which the kept blocks of each head are added; None: not wanted.
+        statistics: where phases are timed.
+    """
+
+    query: Tensor
+    kv: KvView
+    keys: KeyExtension
+    policy: LayerPolicy
+    plan: HeadPlan
+    config: SaleConfig
+    scale: float
+    dense_until: int
+    output: Tensor
+    lse: Tensor | None
+    kept: Tensor | None
+    statistics: AttentionStatistics | None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times the block, where there are statistics."""
+        return nullcontext() if self.statistics is None else self.statistics.phase(name, self.query.device)
 
 
 class AttentionBackend(ABC):
@@ -127,44 +164,6 @@ class AttentionBackend(ABC):
         Rows of heads that `plan` calls dense are left as they are. The last dimension of `output` is contiguous.
         """
 
-    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
-        """Whether `compute_joined` is one launch where `attend_all` and `compute` are two."""
-        return False
-
-    def compute_joined(
-        self,
-        query: Tensor,
-        kv: KvView,
-        selection: Selection,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        scale: float,
-        output: Tensor,
-        lse: Tensor,
-        dense_until: int,
-    ) -> None:
-        """`attend_all` for rows before absolute position `dense_until`, `compute` for the others.
-
-        Args:
-            query: `[B, H, Nq, d]`, all rows.
-            kv: keys and values.
-            selection: of the query blocks from `dense_until`, a multiple of the query block, on.
-            plan: no head is dense.
-            grid: the blocks of all rows.
-            scale: softmax scale.
-            output: `[B, H, Nq, d_v]`, written.
-            lse: float32 `[B, H, Nq]`, written.
-            dense_until: position of the first row that `selection` speaks of.
-        """
-        short = dense_until - grid.offset
-        first = replace(grid, query_tokens=short, key_tokens=dense_until)
-        rest = replace(grid, query_tokens=grid.query_tokens - short)
-        before, after = slice(0, short), slice(short, None)
-        self.attend_all(
-            query[:, :, before], kv.prefix(dense_until), first, scale, output[:, :, before], lse[:, :, before]
-        )
-        self.compute(query[:, :, after], kv, selection, plan, rest, scale, output[:, :, after], lse[:, :, after])
-
     @abstractmethod
     def attend_all(
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
@@ -173,6 +172,45 @@ class AttentionBackend(ABC):
 
         As everywhere, a row's bits must not depend on the call that it comes in, which library kernels do not promise.
         """
+
+    def attend_layer(self, call: LayerCall) -> None:
+        """All of a sparse call: every phase above, one after the other. A backend may make one launch of several.
+
+        Writes output, log-sum-exp and the codes of new keys, and adds to `call.kept`; with dense heads, only their rows
+        from `call.dense_until` on stay as they are. The result is bit for bit that of the phases.
+        """
+        rows = call.query.shape[2]
+        offset = call.kv.tokens - rows
+        short = min(max(0, call.dense_until - offset), rows)
+        if short:
+            self._attend_short_rows(call, short)
+        grid = BlockGrid.of(rows - short, call.kv.tokens, call.config)
+        query, kv, codes = call.query[:, :, short:], call.kv, call.keys.codes
+        with call.phase("quantise"):
+            if call.keys.centre_tokens:
+                codes.centre.copy_(self.key_centre(kv, call.config))
+            self.quantise_key_range(kv, call.config, call.keys.start, codes)
+        codes = codes.gathered(kv.tokens, call.config.key_block)
+        with call.phase("sink_local"):
+            query_codes, thresholds = self.prepare_rows(
+                query, kv, codes.centre, grid, call.config, call.policy.log_tau(query.device), call.scale
+            )
+        with call.phase("select"):
+            selection = self.select(query_codes, codes, thresholds, call.plan, grid, kv)
+            if call.kept is not None:
+                call.kept.add_(selection.kept_blocks())
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if call.lse is None else call.lse[:, :, short:]
+        with call.phase("compute"):
+            self.compute(query, kv, selection, call.plan, grid, call.scale, call.output[:, :, short:], lse)
+
+    def _attend_short_rows(self, call: LayerCall, short: int) -> None:
+        until = call.kv.tokens - call.query.shape[2] + short
+        lse = None if call.lse is None else call.lse[:, :, :short]
+        grid = BlockGrid.of(short, until, call.config)
+        with call.phase("dense"):
+            self.attend_all(
+                call.query[:, :, :short], call.kv.prefix(until), grid, call.scale, call.output[:, :, :short], lse
+            )
 
 
 AUTO = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class SaleConfig:
         centre_tokens: without a calibrated centre, keys are centred by the mean of positions 0 .. centre_tokens - 1.
         code_bits: 8 (only K centred) or 4 (K and Q centred, both rotated by a Hadamard transform).
         unstrided_tail_tokens: the last rows of a prompt, which are all inspected whatever the query stride.
+        dense_prompt_tokens: a prompt that ends at this position or before is dense altogether: its few sparse rows
+            could not save what the sparse passes cost at the least.
 
     Raises:
         ValueError: for a value outside the above, naming it and what is accepted.
@@ -42,6 +45,7 @@ class SaleConfig:
     centre_tokens: int = 1024
     code_bits: int = 8
     unstrided_tail_tokens: int = 128
+    dense_prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require_one_of("query_block", self.query_block, (64, 128))
@@ -52,8 +56,9 @@ class SaleConfig:
         _require_multiple("dense_rows", self.dense_rows, "query_block", self.query_block)
         if self.centre_tokens < 1:
             raise ValueError(f"centre_tokens={self.centre_tokens} must be at least 1")
-        if self.unstrided_tail_tokens < 0:
-            raise ValueError(f"unstrided_tail_tokens={self.unstrided_tail_tokens} must not be negative")
+        for name in ("unstrided_tail_tokens", "dense_prompt_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.dense_rows < self.centre_tokens:
             raise ValueError(
                 f"dense_rows={self.dense_rows} is below centre_tokens={self.centre_tokens}: the key centre would not "
@@ -84,7 +89,8 @@ class LayerPolicy:
     tau: Tensor
     query_stride: Tensor
     key_centre: Tensor | None = None
-    _log_tau: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _log_tau: dict[torch.device | str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _key_centre: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tau = torch.as_tensor(self.tau, dtype=torch.float32, device="cpu")
@@ -131,14 +137,18 @@ class LayerPolicy:
 
         Kept by device: a copy from the host in every layer would make it wait.
         """
-        name = str(device)
-        if name not in self._log_tau:
-            self._log_tau[name] = self.tau.to(torch.float64).log().to(torch.float32).to(device)
-        return self._log_tau[name]
+        if device not in self._log_tau:
+            self._log_tau[device] = self.tau.to(torch.float64).log().to(torch.float32).to(device)
+        return self._log_tau[device]
+
+    def key_centre_on(self, device: torch.device) -> Tensor | None:
+        """`key_centre` as float32 on `device`, kept like `log_tau`."""
+        if self.key_centre is not None and device not in self._key_centre:
+            self._key_centre[device] = self.key_centre.to(device, torch.float32)
+        return self._key_centre.get(device)
 
 
-@dataclass(frozen=True, slots=True)
-class HeadPlan:
+class HeadPlan(NamedTuple):
     """A policy resolved for one call, in plain Python values, so that no backend needs the host to wait for a device.
 
     Attributes:

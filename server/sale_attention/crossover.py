@@ -34,12 +34,16 @@ NEVER = 1 << 20
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """Seconds by pair of one row and one key, and by row, of one query head, all threads of the machine at work."""
+    """Seconds by pair of one row and one key, and by row, of one query head, all threads of the machine at work.
+
+    `call_seconds` is what the sparse passes of a layer cost however few rows they have, in all heads together.
+    """
 
     dense_pair_seconds: float
     estimate_pair_seconds: float
     compute_pair_seconds: float
     row_seconds: float
+    call_seconds: float = 0.0
 
     def sparse_row_seconds(self, position: int, tau: float, query_stride: int) -> float:
         """What a row at `position` is expected to cost if it is sparse, or streaming (tau infinite)."""
@@ -81,6 +85,25 @@ def crossover_of_heads(costs: AttentionCosts, heads: Iterable[tuple[float, int]]
     return NEVER
 
 
+def longest_dense_prompt(costs: AttentionCosts, heads: Iterable[tuple[float, int]], layers: int, crossover: int) -> int:
+    """Most tokens, a multiple of 128, of a prompt whose rows from `crossover` on do not save `costs.call_seconds`.
+
+    Args:
+        costs: of the backend.
+        heads: thresholds and strides of all heads of all layers.
+        layers: how many have a sparse head.
+        crossover: as of `crossover_of_heads`.
+    """
+    counted = Counter(head for head in heads if head[0] > 0)
+    end, left = crossover, layers * costs.call_seconds
+    while left > 0 and end < NEVER:
+        middle = end + _POSITION_STEP // 2
+        sparse = sum(n * costs.sparse_row_seconds(middle, *head) for head, n in counted.items())
+        left -= _POSITION_STEP * (counted.total() * middle * costs.dense_pair_seconds - sparse)
+        end += _POSITION_STEP
+    return 0 if end == crossover else end
+
+
 def costs_of(backend: str, head_dim: int, device_type: str = "cpu") -> AttentionCosts:
     """Costs of the backend described as `backend`, such as "cpu-avx512", at the nearest measured head_dim, scaled.
 
@@ -95,7 +118,8 @@ def costs_of(backend: str, head_dim: int, device_type: str = "cpu") -> Attention
     measured = _COSTS.get(backend, _COSTS[unknown])
     nearest = min(measured, key=lambda dim: abs(dim - head_dim))
     scale = head_dim / nearest * 1e-9
-    return AttentionCosts(*(nanoseconds * scale for nanoseconds in measured[nearest]))
+    dense_pair, estimate_pair, compute_pair, row, call = measured[nearest]
+    return AttentionCosts(dense_pair * scale, estimate_pair * scale, compute_pair * scale, row * scale, call * 1e-9)
 
 
 # Nanoseconds by backend and head_dim, in the order of AttentionCosts' fields. CPU: two cores of a Zen 4 EPYC, bfloat16,
@@ -103,11 +127,11 @@ def costs_of(backend: str, head_dim: int, device_type: str = "cpu") -> Attention
 # CUDA: one H100, 65,536 tokens, 2026-11-25 (docs/cuda-kernels.md). There a row costs 0.4; what it has here is its share
 # of the fixed costs of a call, which decide near the crossover: with 1.8, sparse rows start at 4,224 at stride 2. A
 # prompt of 4K is then dense (239 us; sparse from 3,072 on 282, cuDNN 266), one of 6K takes 475 (dense 492, cuDNN 540).
-_COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {
-    "cpu-avx512": {64: (0.719, 0.140, 0.758, 178.5), 128: (1.313, 0.268, 1.358, 312.7)},
-    "cpu-avx512_vnni": {64: (1.312, 0.142, 1.341, 171.7), 128: (2.529, 0.263, 2.557, 318.6)},
-    "cpu-avx2": {64: (1.537, 0.412, 1.560, 221.2), 128: (2.903, 0.833, 2.947, 378.2)},
-    "cpu-portable": {64: (7.353, 14.36, 7.364, 1149.0), 128: (12.29, 29.09, 12.85, 1687.0)},
-    "reference": {64: (2.272, 0.684, 5.179, 818.9), 128: (3.953, 0.854, 7.694, 1137.0)},
-    "cuda-sm90a": {128: (0.000790, 0.000160, 0.000850, 1.8)},
+_COSTS: dict[str, dict[int, tuple[float, float, float, float, float]]] = {
+    "cpu-avx512": {64: (0.719, 0.140, 0.758, 178.5, 0.0), 128: (1.313, 0.268, 1.358, 312.7, 0.0)},
+    "cpu-avx512_vnni": {64: (1.312, 0.142, 1.341, 171.7, 0.0), 128: (2.529, 0.263, 2.557, 318.6, 0.0)},
+    "cpu-avx2": {64: (1.537, 0.412, 1.560, 221.2, 0.0), 128: (2.903, 0.833, 2.947, 378.2, 0.0)},
+    "cpu-portable": {64: (7.353, 14.36, 7.364, 1149.0, 0.0), 128: (12.29, 29.09, 12.85, 1687.0, 0.0)},
+    "reference": {64: (2.272, 0.684, 5.179, 818.9, 0.0), 128: (3.953, 0.854, 7.694, 1137.0, 0.0)},
+    "cuda-sm90a": {128: (0.000790, 0.000160, 0.000850, 0.6, 100_000.0)},
 }

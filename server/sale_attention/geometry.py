@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,7 @@ class BlockGrid:
     local_tokens: int
 
     @classmethod
+    @functools.lru_cache(maxsize=256)  # every layer of a chunk asks for the same
     def of(cls, query_tokens: int, key_tokens: int, config: SaleConfig) -> BlockGrid:
         """The grid of `query_tokens` rows at the end of `key_tokens` keys under `config`."""
         return cls(
@@ -93,12 +95,17 @@ class BlockGrid:
 
     def always_attended_blocks(self) -> int:
         """Sink and local blocks, summed over the touched query blocks."""
-        total = 0
-        for index in range(self.query_blocks):
-            sink_end, local_start, local_end = self.always_attended(index)
-            total += sink_end + local_end - local_start
-        return total
+        return self._blocks[0]
 
     def causal_blocks(self) -> int:
         """Key blocks that causal attention visits, summed over the touched query blocks."""
-        return sum(self.causal_end(index) for index in range(self.query_blocks))
+        return self._blocks[1]
+
+    @cached_property
+    def _blocks(self) -> tuple[int, int]:
+        always, causal = 0, 0
+        for index in range(self.query_blocks):
+            sink_end, local_start, local_end = self.always_attended(index)
+            always += sink_end + local_end - local_start
+            causal += self.causal_end(index)
+        return always, causal

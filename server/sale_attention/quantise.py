@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,20 @@ class KeyCodes:
         codes = self.codes[table].transpose(1, 2).flatten(2, 3)
         scales = self.scales[table].transpose(1, 2).flatten(2, 3)
         return KeyCodes(codes[:, :, :tokens], scales[:, :, :blocks], self.centre)
+
+
+class KeyExtension(NamedTuple):
+    """What is to be written to a session's key codes before rows at the end of its keys can use them.
+
+    Attributes:
+        codes: all codes, with room for the new keys; `centre` is there unless it is to be computed.
+        start: first token to quantise, a multiple of 32.
+        centre_tokens: the centre is the mean of that many first keys, to be computed; 0: it is there.
+    """
+
+    codes: KeyCodes
+    start: int
+    centre_tokens: int
 
 
 def default_key_centre(kv: KvView, config: SaleConfig) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import LayerPolicy, SaleConfig
 from .kv_view import KvView
-from .quantise import KeyCodes
+from .quantise import KeyCodes, KeyExtension
 
 if TYPE_CHECKING:
     from .backends import AttentionBackend
@@ -71,24 +71,47 @@ class LayerState:
         Raises:
             ValueError: where `kv` or `config` cannot belong to the session this state was made for.
         """
-        if self._centre is None:
-            self._centre, self._centre_from_keys = initial_key_centre(kv, policy, config, backend)
-            self._code_bits = config.code_bits
-        self._check_same_session(kv, config)
+        extension = self.extension(kv, policy, config)
+        codes = extension.codes
+        if extension.centre_tokens:
+            codes.centre.copy_(backend.key_centre(kv, config))
+        backend.quantise_key_range(kv, config, extension.start, codes)
+        self.accept(extension, kv, config)
+        return codes.gathered(kv.tokens, config.key_block)
+
+    def extension(self, kv: KvView, policy: LayerPolicy, config: SaleConfig) -> KeyExtension:
+        """Buffers for the codes of all of `kv`, and what is to be written there; `accept` it once that is done.
+
+        The centre, any constant (softmax does not change), is the policy's where it has one, else the mean of the first
+        keys. Held for the session's life: codes of old keys stay valid through chunks and appends.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        centre, centre_tokens = self._centre, 0
+        if centre is None:
+            given = policy.key_centre_on(kv.device)
+            centre_tokens = 0 if given is not None else min(config.centre_tokens, kv.tokens)
+            centre = _empty_centre(kv) if given is None else _spread(given, kv)
+        else:
+            self._check_same_session(centre, kv, config)
         codes, scales = self._reserve(kv, config)
         start = min(self._tokens, kv.tokens) // config.key_block * config.key_block
-        result = KeyCodes(codes, scales, self._centre)
-        backend.quantise_key_range(kv, config, start, result)
-        self._tokens = kv.tokens // config.key_block * config.key_block
-        return result.gathered(kv.tokens, config.key_block)
+        return KeyExtension(KeyCodes(codes, scales, centre), start, centre_tokens)
 
-    def _check_same_session(self, kv: KvView, config: SaleConfig) -> None:
-        assert self._centre is not None
+    def accept(self, extension: KeyExtension, kv: KvView, config: SaleConfig) -> None:
+        """The codes of `extension` were written for all of `kv`."""
+        if self._centre is None:
+            self._centre, self._centre_from_keys = extension.codes.centre, extension.centre_tokens
+            self._code_bits = config.code_bits
+        self._tokens = kv.tokens // config.key_block * config.key_block
+
+    def _check_same_session(self, centre: Tensor, kv: KvView, config: SaleConfig) -> None:
         expected = (kv.batch, kv.kv_heads, kv.head_dim)
-        if tuple(self._centre.shape) != expected or self._centre.device != kv.device:
+        if centre.shape != expected or centre.device != kv.device:
             raise ValueError(
-                f"this LayerState was made for keys {tuple(self._centre.shape)} (batch, kv heads, head_dim) on "
-                f"{self._centre.device}, not {expected} on {kv.device}; use one state per session and layer"
+                f"this LayerState was made for keys {tuple(centre.shape)} (batch, kv heads, head_dim) on "
+                f"{centre.device}, not {expected} on {kv.device}; use one state per session and layer"
             )
         if self._code_bits != config.code_bits:
             raise ValueError(
@@ -112,20 +135,15 @@ class LayerState:
         return self._codes, self._scales
 
 
-def initial_key_centre(
-    kv: KvView, policy: LayerPolicy, config: SaleConfig, backend: AttentionBackend
-) -> tuple[Tensor, int]:
-    """The centre a session starts with, float32 `[B, Hkv, d]`, and how many leading keys it was taken from.
+def _empty_centre(kv: KvView) -> Tensor:
+    return torch.empty(kv.batch, kv.kv_heads, kv.head_dim, dtype=torch.float32, device=kv.device)
 
-    Any constant serves (softmax does not change), so the profile's centre where there is one, else the mean of the
-    first keys. Held for the session's life: codes of old keys stay valid through chunks and appends.
-    """
-    if policy.key_centre is None:
-        return backend.key_centre(kv, config), min(config.centre_tokens, kv.tokens)
-    centre = policy.key_centre.to(kv.device, torch.float32)
+
+def _spread(centre: Tensor, kv: KvView) -> Tensor:
+    """A policy's centre for every sequence."""
     if tuple(centre.shape) != (kv.kv_heads, kv.head_dim):
         raise ValueError(
             f"key_centre has shape {tuple(centre.shape)}; these keys need [{kv.kv_heads}, {kv.head_dim}] "
             f"(kv heads, head_dim)"
         )
-    return centre.unsqueeze(0).expand(kv.batch, -1, -1).contiguous(), 0
+    return centre.unsqueeze(0).expand(kv.batch, -1, -1).contiguous()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,18 +29,26 @@ class AttentionStatistics:
 
     def reset(self) -> None:
         """Back to zero."""
-        self._computed: dict[int, Tensor] = {}
-        self._causal: dict[int, Tensor] = {}
+        self._computed: dict[int, list[int]] = {}
+        self._causal: dict[int, list[int]] = {}
+        self._kept: dict[int, Tensor] = {}
         self._dense_rows = dict.fromkeys(DENSE_REASONS, 0)
         self._rows = 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._unsupported: set[str] = set()
 
-    def count_blocks(self, layer: int, computed: Tensor, causal: Tensor) -> None:
-        """Add blocks attended to and blocks in the causal triangle: int64 `[H]` each."""
+    def count_blocks(self, layer: int, computed: Sequence[int], causal: Sequence[int]) -> None:
+        """Add blocks attended to, without those that selection kept, and blocks in the causal triangle, by head."""
         for store, blocks in ((self._computed, computed), (self._causal, causal)):
-            store[layer] = store[layer] + blocks if layer in store else blocks
+            held = store.get(layer)
+            store[layer] = list(blocks if held is None else map(operator.add, held, blocks))
+
+    def kept_blocks(self, layer: int, heads: int, device: torch.device) -> Tensor:
+        """Blocks that selection kept in `layer`, int64 `[H]` on `device`: a counter for the backend to add to."""
+        if layer not in self._kept:
+            self._kept[layer] = torch.zeros(heads, dtype=torch.int64, device=device)
+        return self._kept[layer]
 
     def count_rows(self, rows: int, heads: int) -> None:
         """Add `rows` query rows of `heads` heads, dense or sparse."""
@@ -55,15 +64,23 @@ class AttentionStatistics:
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
         """Time the block as phase `name`: wall clock on the CPU, a pair of events on CUDA."""
         if device.type == "cuda":
-            begin, finish = _timing_event(), _timing_event()
+            begin, finish = self.timing_events(device, 2)
             begin.record(torch.cuda.current_stream(device))
             yield
             finish.record(torch.cuda.current_stream(device))
-            self._events.append((name, begin, finish))
+            self.time_phases((name,), (begin, finish))
         else:
             start_seconds = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - start_seconds
+
+    def timing_events(self, device: torch.device, count: int) -> list[torch.cuda.Event]:
+        """Events that exist on `device`, to be recorded before, between and after phases."""
+        return [_EVENTS.take(device) for _ in range(count)]
+
+    def time_phases(self, phases: Sequence[str], events: Sequence[torch.cuda.Event]) -> None:
+        """The phases that passed between `events`, one more than there are phases."""
+        self._events += zip(phases, events[:-1], events[1:], strict=True)
 
     @property
     def layers(self) -> list[int]:
@@ -72,13 +89,16 @@ class AttentionStatistics:
 
     @property
     def computed_blocks(self) -> dict[int, Tensor]:
-        """By layer, blocks attended to: int64 `[H]` on the CPU."""
-        return {layer: self._computed[layer].cpu() for layer in self.layers}
+        """By layer, blocks attended to: int64 `[H]` on the CPU. On CUDA this waits for the last call."""
+        blocks = {layer: torch.tensor(self._computed[layer]) for layer in self.layers}
+        return {
+            layer: held + self._kept[layer].cpu() if layer in self._kept else held for layer, held in blocks.items()
+        }
 
     @property
     def causal_blocks(self) -> dict[int, Tensor]:
         """By layer, blocks in the causal triangle: int64 `[H]` on the CPU."""
-        return {layer: self._causal[layer].cpu() for layer in self.layers}
+        return {layer: torch.tensor(self._causal[layer]) for layer in self.layers}
 
     @property
     def dense_rows(self) -> dict[str, int]:
@@ -132,11 +152,32 @@ class AttentionStatistics:
         for name, begin, finish in self._events:
             finish.synchronize()
             self._seconds[name] += begin.elapsed_time(finish) / 1e3
+        _EVENTS.give_back({id(event): event for _, *pair in self._events for event in pair}.values())
         self._events.clear()
 
 
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+class _EventPool:
+    """Timing events of all requests: making one takes the host longer than recording it."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, list[torch.cuda.Event]] = defaultdict(list)
+
+    def take(self, device: torch.device) -> torch.cuda.Event:
+        """An event that was recorded once, so that it exists on the device."""
+        try:
+            return self._free[device].pop()
+        except IndexError:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            return event
+
+    def give_back(self, events: Iterable[torch.cuda.Event]) -> None:
+        """For other requests; their times were read."""
+        for event in events:
+            self._free[event.device].append(event)
+
+
+_EVENTS = _EventPool()
 
 
 def _share(part: int, whole: int) -> float:

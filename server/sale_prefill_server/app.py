@@ -220,11 +220,16 @@ class Server:
     def _log_start(self, engine: Engine, warm_up_seconds: float) -> None:
         if engine.kernel_fallback is not None:
             self._metrics.kernel_fallbacks.labels(engine.kernel_fallback).inc()
-        crossover = engine.crossover(engine.defaults)
+        dense = engine.geometry(engine.defaults)
         logger.info("warm in %.1f s; %d MiB for KV", warm_up_seconds, engine.pool.capacity_bytes // 2**20)
         logger.info("chunks of %d tokens", engine.chunk_tokens)
         self._log_profile(engine)
-        logger.info("attention by %s; rows before position %d run dense", engine.attention_backend, crossover)
+        logger.info(
+            "attention by %s; rows before position %d and prompts up to %d tokens run dense",
+            engine.attention_backend,
+            dense.dense_rows,
+            dense.dense_prompt_tokens,
+        )
 
     def _log_profile(self, engine: Engine) -> None:
         profile, defaults = engine.profile, engine.defaults

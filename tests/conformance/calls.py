@@ -67,14 +67,6 @@ class Recorder(AttentionBackend):
         """As the backend."""
         return self.backend.prepare_rows(*arguments)
 
-    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
-        """As the backend."""
-        return self.backend.joins_short_rows(query, kv)
-
-    def compute_joined(self, *arguments: Any) -> None:
-        """As the backend."""
-        self.backend.compute_joined(*arguments)
-
     def select(
         self,
         query_codes: QueryCodes,

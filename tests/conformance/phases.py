@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sale_attention import AttentionBackend, AttentionRequest, KeyCodes, QueryCodes, Selection
+from sale_attention import (
+    AttentionBackend,
+    AttentionRequest,
+    KeyCodes,
+    KeyExtension,
+    LayerCall,
+    QueryCodes,
+    Selection,
+)
 from sale_attention.quantise import default_key_centre, quantise_query
 from sale_attention.select import select_blocks, voting_rows
 from tests.conformance.cases import Case
@@ -24,6 +33,7 @@ from tests.conformance.inputs import Problem, problem
 from tests.conformance.layout import (
     KEY_BLOCK,
     GuardedResults,
+    bits_of,
     empty_key_codes,
     is_written,
     moved_key_codes,
@@ -245,28 +255,76 @@ def check_compute(backend: AttentionBackend, case: Case, device: str = "cpu") ->
         require_lse(place, "the log-sum-exp", results.lse[:, sparse], expected.exact_lse[:, sparse])
 
 
-def check_joined(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
-    """Short rows computed along with sparse ones: the same bits as by themselves; nothing else is written."""
-    inputs, place = problem(case), where(backend, case)
-    block, offset = case.config.query_block, inputs.grid.offset
-    until = (offset // block + 1 + (inputs.grid.query_blocks - 1) // 3) * block
-    if not offset < until < case.tokens or any(inputs.plan.dense):
+def check_layer(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
+    """A sparse call as a whole, with and without short rows and older codes: bit for bit what the phases give."""
+    inputs = problem(case)
+    block, tokens = case.config.query_block, case.tokens
+    middle = (case.offset // block + 1 + (inputs.grid.query_blocks - 1) // 3) * block
+    if all(inputs.plan.dense):
         return
-    first = until // block - inputs.grid.first_query_block
-    words = inputs.selection.words[:, :, first:].contiguous().to(device)
-    selection = Selection(words, inputs.selection.key_blocks)
-    query, kv = placed_query(inputs, device), placed_kv(inputs, device)
-    joined, apart = GuardedResults(inputs, device), GuardedResults(inputs, device)
-    for results, compute in (
-        (joined, backend.compute_joined),
-        (apart, partial(AttentionBackend.compute_joined, backend)),
-    ):
-        compute(query, kv, selection, inputs.plan, inputs.grid, inputs.scale, results.output, results.lse, until)
-        outside = results.written_outside()
+    for dense_until, start in ((0, 0), (middle, tokens // 2 // KEY_BLOCK * KEY_BLOCK)):
+        if dense_until >= tokens:
+            continue
+        place = f"{where(backend, case)}, the whole layer, short rows until {dense_until}, codes until {start}"
+        by_phases = _Layer(inputs, device, dense_until, start)
+        by_phases.run(partial(AttentionBackend.attend_layer, backend))
+        for reported in (True, False):
+            whole = _Layer(inputs, device, dense_until, start, reported)
+            whole.run(backend.attend_layer)
+            whole.require_same(place, by_phases)
+
+
+class _Layer:
+    """Room for the results of one `attend_layer`; `reported`: log-sum-exp and kept blocks are wanted."""
+
+    def __init__(self, inputs: Problem, device: str, dense_until: int, start: int, reported: bool = True) -> None:
+        case = inputs.case
+        self.results = GuardedResults(inputs, device)
+        self.kept = torch.full((case.heads,), 7, dtype=torch.int64, device=device) if reported else None
+        # Codes before the start are there, and with them the centre.
+        older = KeyCodes(
+            inputs.key_codes.codes[:, :, :start], inputs.key_codes.scales[:, :, : start // KEY_BLOCK], inputs.centre
+        )
+        codes = moved_key_codes(written_key_codes(inputs, older), device)
+        centre = codes.centre.clone() if start else torch.full_like(codes.centre, math.nan)
+        self.codes = KeyCodes(codes.codes, codes.scales, centre, codes.page_table)
+        centre_tokens = 0 if start else min(case.config.centre_tokens, case.tokens)
+        self.call = LayerCall(
+            query=placed_query(inputs, device),
+            kv=placed_kv(inputs, device),
+            keys=KeyExtension(self.codes, start, centre_tokens),
+            policy=inputs.policy,
+            plan=inputs.plan,
+            config=case.config,
+            scale=inputs.scale,
+            dense_until=dense_until,
+            output=self.results.output,
+            lse=self.results.lse if reported else None,
+            kept=self.kept,
+            statistics=None,
+        )
+
+    def run(self, attend_layer: Callable[[LayerCall], None]) -> None:
+        attend_layer(self.call)
+
+    def require_same(self, place: str, expected: _Layer) -> None:
+        """Everything that was written, bit for bit."""
+        outside = self.results.written_outside()
         assert not outside, f"{place}: {outside} elements were written outside output and lse"
-    what = f"outputs of rows joined at {until}"
-    require_equal(place, what, joined.output, apart.output.cpu(), QUERY_AXES)
-    require_equal(place, f"log-sum-exps, {what}", joined.lse, apart.lse.cpu(), QUERY_AXES[:3])
+        pairs = [
+            ("the key centre", self.codes.centre, expected.codes.centre),
+            ("key codes", self.codes.codes, expected.codes.codes),
+            ("key scales", bits_of(self.codes.scales), bits_of(expected.codes.scales)),
+            ("outputs", bits_of(self.results.output), bits_of(expected.results.output)),
+        ]
+        if self.kept is not None and expected.kept is not None:
+            pairs += [
+                ("log-sum-exps", bits_of(self.results.lse), bits_of(expected.results.lse)),
+                ("counts of kept blocks", self.kept, expected.kept),
+            ]
+        for what, mine, theirs in pairs:
+            axes = tuple(f"axis {axis}" for axis in range(mine.ndim))
+            require_equal(place, what, mine, theirs.cpu(), axes)
 
 
 def check_attend_all(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:

@@ -109,8 +109,8 @@ def test_the_key_centre_is_that_of_the_reference(subject: Subject, case: Case) -
 
 
 @grid([*cases.EDGES, *cases.HEADS, *cases.LAYOUTS, *cases.POLICIES, *cases.EXTREMES], cases.ALL_HEADS)
-def test_short_rows_computed_along_have_the_same_bits(subject: Subject, case: Case) -> None:
-    kit.check_joined(subject.backend, subject.takes(case), subject.device)
+def test_a_layer_as_a_whole_has_the_bits_of_its_phases(subject: Subject, case: Case) -> None:
+    kit.check_layer(subject.backend, subject.takes(case), subject.device)
 
 
 @grid(cases.QUICK, cases.SLOW)

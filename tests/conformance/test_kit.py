@@ -21,6 +21,7 @@ from sale_attention import (
     HeadPlan,
     KeyCodes,
     KvView,
+    LayerCall,
     QueryCodes,
     SaleConfig,
     Selection,
@@ -101,7 +102,7 @@ class IgnoresStrides(ReferenceBackend):
 
     def select(self, *arguments: Any) -> Selection:
         query_codes, key_codes, thresholds, plan, *rest = arguments
-        every_row = replace(plan, strides=tuple(min(1, stride) for stride in plan.strides))
+        every_row = plan._replace(strides=tuple(min(1, stride) for stride in plan.strides))
         return super().select(query_codes, key_codes, thresholds, every_row, *rest)
 
 
@@ -110,7 +111,7 @@ class ForgetsTheTail(ReferenceBackend):
 
     def select(self, *arguments: Any) -> Selection:
         query_codes, key_codes, thresholds, plan, *rest = arguments
-        return super().select(query_codes, key_codes, thresholds, replace(plan, unstrided_from=1 << 30), *rest)
+        return super().select(query_codes, key_codes, thresholds, plan._replace(unstrided_from=1 << 30), *rest)
 
 
 class ForgetsTheCorrection(ReferenceBackend):
@@ -224,10 +225,28 @@ class CentreOff(ReferenceBackend):
         return super().key_centre(kv, config) + 1e-5
 
 
-class JoinsTheWrongWords(ReferenceBackend):
-    def compute_joined(self, query: Tensor, kv: KvView, selection: Selection, *arguments: Any) -> None:
-        rolled = Selection(selection.words.roll(1, dims=2), selection.key_blocks)
-        super().compute_joined(query, kv, rolled, *arguments)
+class LeavesKeysOut(ReferenceBackend):
+    """The whole layer takes new keys for known ones."""
+
+    def attend_layer(self, call: LayerCall) -> None:
+        whole_blocks = call.kv.tokens // call.config.key_block * call.config.key_block
+        super().attend_layer(call._replace(keys=call.keys._replace(start=whole_blocks)))
+
+
+class ForgetsShortRows(ReferenceBackend):
+    """The whole layer computes short rows like the others."""
+
+    def attend_layer(self, call: LayerCall) -> None:
+        super().attend_layer(call._replace(dense_until=0))
+
+
+class CountsOneTooMany(ReferenceBackend):
+    """The whole layer reports a block that it did not keep."""
+
+    def attend_layer(self, call: LayerCall) -> None:
+        super().attend_layer(call)
+        if call.kept is not None:
+            call.kept.add_(1)
 
 
 class SinkLocalLseOff(ReferenceBackend):
@@ -476,7 +495,9 @@ PLANTED = [
     Planted(QuantisesTheStartAgain, kit.check_key_codes, PLAIN, r"key scales \(from 256 on\) differ.* instead of nan"),
     Planted(ContinuesWrongly, kit.check_key_codes, PLAIN, r"key scales \(from 256 on\)"),
     Planted(CentreOff, kit.check_key_centre, PLAIN, r"64 of 64 elements of the key centre are off"),
-    Planted(JoinsTheWrongWords, kit.check_joined, PLAIN, r"outputs of rows joined at \d+ differ"),
+    Planted(LeavesKeysOut, kit.check_layer, PLAIN, r"key codes differ"),
+    Planted(ForgetsShortRows, kit.check_layer, PLAIN, r"outputs differ"),
+    Planted(CountsOneTooMany, kit.check_layer, PLAIN, r"counts of kept blocks differ"),
     Planted(SinkLocalLseOff, kit.check_sink_local_lse, PLAIN, r"sink-local log-sum-exp of 258 of 258 rows"),
     Planted(SinkLocalLseOff, kit.check_end_to_end, [cases.END_TO_END[0]], r"nats from the threshold"),
     Planted(LseOff, kit.check_compute, PLAIN, r"log-sum-exp of 258 of 258 rows"),

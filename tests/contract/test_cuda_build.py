@@ -30,6 +30,8 @@ SM80, SM90 = ("80", "86", "89"), ("90a",)
 #: None says that a source is host code. A source without an entry fails a test.
 INSTRUCTIONS: dict[str, dict[tuple[str, ...], tuple[str, ...]] | None] = {
     "api.cu": None,
+    "layer.cu": None,
+    "count_blocks.cu": {SM80 + SM90: ("POPC", "REDUX*")},
     "key_centre.cu": {SM80 + SM90: ("DADD",)},
     "quantise_key.cu": {SM80 + SM90: ("LDG.E.128*", "MUFU.RCP")},
     "query_rows.cu": {
@@ -190,6 +192,21 @@ def test_the_library_of_a_target_loads_and_has_every_entry_point(builds: Builds,
     link = run("g++", "-shared", "-Wl,--no-undefined", *objects, *runtime, "-o", library)
     assert link.returncode == 0, link.stdout
     abi.declare(ctypes.CDLL(str(library)))
+
+
+#: Functions that take another function's structure.
+SHARED = {"quantise_key_4bit": "QuantiseKey", "quantise_query_4bit": "QuantiseQuery4", "select_4bit": "Select4"}
+
+
+def test_the_package_packs_structures_as_the_header_lays_them_out(tmp_path: Path) -> None:
+    checks = "\n".join(
+        f"static_assert(sizeof(SaleCuda{SHARED.get(name, name.title().replace('_', ''))}) == {layout.size});"
+        for name, layout in abi.CALLS.items()
+    )
+    source = tmp_path / "sizes.cpp"
+    source.write_text(f'#include "sale_prefill/cuda_api.h"\n{checks}\n')
+    compiled = run("g++", "-std=c++17", "-fsyntax-only", f"-I{kernel_source_root() / 'include'}", source)
+    assert compiled.returncode == 0, compiled.stdout
 
 
 def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,11 @@ def test_rows_turn_sparse_where_it_is_expected_to_pay_and_appends_do_not_move_th
 ) -> None:
     with running_server(model=str(tiny_model), dtype="float32", chunk_tokens=512, dense_rows=0) as server:
         engine = server.server._service.engine  # type: ignore[union-attr]
-        crossover = engine.crossover(engine.defaults)
+        crossover = engine.geometry(engine.defaults).dense_rows
         whole = server.prefill_tokens(tokens_of(3000), session_id="whole").stats
         first = server.prefill_tokens(tokens_of(3000)[:2000], session_id="parts").stats
-        monkeypatch.setattr(engine, "crossover", lambda settings: 2**20)  # what a new session would get
+        later = replace(engine.config, dense_rows=2**20)
+        monkeypatch.setattr(engine, "geometry", lambda settings: later)  # what a new session would get
         rest = server.prefill_tokens(tokens_of(3000)[2000:], session_id="parts").stats
     assert 1024 <= crossover < 3000
     assert whole.dense_fallbacks[0].num_rows == crossover * 4 * 2

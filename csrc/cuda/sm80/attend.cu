@@ -11,6 +11,7 @@
 // two CTAs a multiprocessor (sm_80, sm_90); 99 KiB with four, where one CTA is all that fits (sm_86, sm_89).
 #include "../attend_work.cuh"
 #include "../code_tiles.cuh"
+#include "../launch.cuh"
 #include "../mma.cuh"
 
 namespace sale::cuda {
@@ -348,9 +349,8 @@ template <class Element, int kDim, int kParts, int kStages>
 int run(const SaleCudaAttend& call, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<Element, kDim, 16 * kParts * kWarps, kStages>);
   static_assert(kBytes <= 99 * 1024, "a CTA of sm_86 and sm_89 has no more");
-  const cudaError_t raised = cudaFuncSetAttribute(attend<Element, kDim, kParts, kStages>,
-                                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (raised != cudaSuccess) return raised;
+  const cudaError_t allowed = allow_shared_memory<attend<Element, kDim, kParts, kStages>>(kBytes);
+  if (allowed != cudaSuccess) return allowed;
   const int items = Blocks(call.grid).query_blocks() * call.grid.batch * call.grid.heads;
   attend<Element, kDim, kParts, kStages><<<items, kThreads, kBytes, stream>>>(call);
   return cudaGetLastError();

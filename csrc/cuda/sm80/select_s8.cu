@@ -7,6 +7,7 @@
 // Barriers: __syncthreads once a tile, after which the tile before may be overwritten.
 // Shared memory: kStages tiles of 128 keys x head_dim bytes and 4 scales, 48 KiB at head_dim 128; two CTAs a multiprocessor.
 #include "../code_tiles.cuh"
+#include "../launch.cuh"
 #include "../mma.cuh"
 #include "../select_work.cuh"
 
@@ -130,9 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_s8(const __grid_constant__
 template <int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kDim>);
-  const cudaError_t raised =
-      cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (raised != cudaSuccess) return raised;
+  if (const cudaError_t allowed = allow_shared_memory<select_s8<kDim>>(kBytes); allowed != cudaSuccess) return allowed;
   Launch split = launch;
   const dim3 blocks = select_ctas(split, most_members);
   select_s8<kDim><<<blocks, kThreads, kBytes, stream>>>(split);

@@ -15,9 +15,10 @@
 //   key_free[s], value_free[s]                   1 arrival a consumer warp
 //   named 2, 3: turns of warpgroup 0, 1; named 4, 5: all of warpgroup 0, 1, after a tail of values was zeroed
 // Shared memory at head_dim 128, 128 rows: Q 32 KiB, kStages x (K 32 KiB + V 32 KiB); 224 KiB in all.
-#include "../mma.cuh"
 #include "../attend_work.cuh"
+#include "../launch.cuh"
 #include "../layout.cuh"
+#include "../mma.cuh"
 #include "ptx.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
@@ -109,6 +110,8 @@ struct Producer {
   __device__ __forceinline__ int take(const Blocks& blocks) const {
     for (;;) {
       const int number = atomicAdd(launch.call.next_work, 1);
+      // Each CTA is told once that there is no more, so this is the last number of all: the next launch finds a zero.
+      if (number == launch.items + static_cast<int>(gridDim.x) - 1) *launch.call.next_work = 0;
       const uint8_t* skip = launch.call.skip_heads;
       if (number >= launch.items || skip == nullptr) return number;
       if (skip[Item(launch.call.grid, blocks.query_blocks(), number).head] == 0) return number;
@@ -501,9 +504,8 @@ int run(Launch& launch, cudaStream_t stream) {
   const SaleCudaGrid& grid = launch.call.grid;
   using SharedMemory = Shared<T, kDim, kWarpgroups>;
   const size_t bytes = sizeof(SharedMemory) + 1024;
-  const cudaError_t raised = cudaFuncSetAttribute(
-      attend_kernel<T, kDim, kWarpgroups>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (raised != cudaSuccess) return raised;
+  const cudaError_t allowed = allow_shared_memory<attend_kernel<T, kDim, kWarpgroups>>(bytes);
+  if (allowed != cudaSuccess) return allowed;
   const SaleCudaRows& query = launch.call.query;
   const SaleCudaTokens rows{query.data,  query.batch_stride, query.head_stride, query.row_stride,
                             grid.batch, grid.rows,          nullptr,           0,               0};
@@ -534,8 +536,6 @@ extern "C" int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream) {
   launch.call = *call;
   launch.items = Blocks(call->grid).query_blocks() * call->grid.batch * call->grid.heads;
   const auto at = static_cast<cudaStream_t>(stream);
-  if (const cudaError_t cleared = cudaMemsetAsync(call->next_work, 0, sizeof(int32_t), at); cleared != cudaSuccess)
-    return cleared;
   if (call->grid.dtype == SALE_CUDA_F16) return run_size<__half>(launch, at);
   return run_size<__nv_bfloat16>(launch, at);
 }

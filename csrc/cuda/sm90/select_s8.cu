@@ -10,6 +10,7 @@
 //
 // Barriers: full[s], one arrival and the tile's bytes; empty[s], one arrival a consumer warp of the cluster.
 // Shared memory: kStages tiles of 128 keys x head_dim bytes (64 KiB at head_dim 128), 128- or 64-byte swizzle.
+#include "../launch.cuh"
 #include "../layout.cuh"
 #include "../select_work.cuh"
 #include "ptx.cuh"
@@ -230,9 +231,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
 template <int kDim>
 int run(const Launch& launch, int most_members, cudaStream_t stream) {
   const size_t bytes = sizeof(Shared<kDim>) + 1024;
-  const cudaError_t raised =
-      cudaFuncSetAttribute(select_s8<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (raised != cudaSuccess) return raised;
+  if (const cudaError_t allowed = allow_shared_memory<select_s8<kDim>>(bytes); allowed != cudaSuccess) return allowed;
   Launch split = launch;
   const dim3 blocks = select_ctas(split, most_members, kCluster, kCtaUnits);
   select_s8<kDim><<<blocks, kThreads, bytes, stream>>>(split);

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define SALE_CUDA_ABI 4
+#define SALE_CUDA_ABI 5
 
 extern "C" {
 
@@ -104,7 +104,7 @@ struct SaleCudaAttend {
   int64_t lse_batch_stride;
   int64_t lse_head_stride;
   float scale;
-  int32_t* next_work;  // device, scratch
+  int32_t* next_work;  // device; zero, and zero again when all is done: one launch at a time may have it
 };
 
 // 4-bit codes, which lie one a byte.
@@ -132,6 +132,45 @@ struct SaleCudaSelect4 {
   int64_t mask_words;
 };
 
+// A sparse call as a whole, 8-bit codes: everything above, in order, from one call of the host.
+struct SaleCudaLayer {
+  SaleCudaGrid grid;  // of all rows
+  SaleCudaRows query;
+  SaleCudaRows output;
+  SaleCudaTokens keys;
+  SaleCudaTokens values;
+  SaleCudaTokens key_codes;
+  SaleCudaTokens key_scales;
+  float* centre;          // [batch, kv_heads, head_dim]
+  int64_t centre_tokens;  // 0: the centre is there; else it becomes the mean of that many first keys
+  int64_t start;          // keys before it have their codes; a multiple of 32
+  int64_t dense_until;    // absolute position, a multiple of query_block; rows before it attend to every block
+  const float* log_tau;       // device, [heads]
+  const int32_t* strides;     // host, [heads]; 0: this head selects nothing
+  const uint8_t* skip_heads;  // device, [heads], whose rows from dense_until on are left as they are; null: none
+  int64_t unstrided_from;
+  int8_t* query_codes;  // scratch [batch, heads, rows from dense_until on, head_dim]
+  float* thresholds;    // scratch [batch, heads, those rows]
+  uint32_t* words;      // scratch [batch, heads, their query blocks, mask_words]
+  int32_t* next_work;   // as in SaleCudaAttend
+  int64_t mask_words;
+  int64_t* kept;  // [heads], kept blocks are added; null: not wanted
+  float* lse;     // null: not wanted
+  int64_t lse_batch_stride;
+  int64_t lse_head_stride;
+  float scale;
+  void* events[5];  // cudaEvent_t before, between and after the four phases; null: not wanted
+};
+
+// Set bits by head, added to `kept`.
+struct SaleCudaCountBlocks {
+  const uint32_t* words;  // [batch, heads, head_words]
+  int64_t* kept;          // [heads]
+  int64_t head_words;
+  int32_t batch;
+  int32_t heads;
+};
+
 int32_t sale_cuda_abi();
 // Each returns a cudaError_t, or -1 - CUresult where a tensor map could not be made; nothing waits for the device.
 int32_t sale_cuda_key_centre(const SaleCudaKeyCentre* call, void* stream);
@@ -139,6 +178,8 @@ int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_query_rows(const SaleCudaQueryRows* call, void* stream);
 int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);
 int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream);
+int32_t sale_cuda_count_blocks(const SaleCudaCountBlocks* call, void* stream);
+int32_t sale_cuda_layer(const SaleCudaLayer* call, void* stream);
 int32_t sale_cuda_quantise_query_4bit(const SaleCudaQuantiseQuery4* call, void* stream);
 int32_t sale_cuda_quantise_key_4bit(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_select_4bit(const SaleCudaSelect4* call, void* stream);

@@ -1,214 +1,75 @@
-"""ctypes mirror of `csrc/include/sale_prefill/cuda_api.h`, field by field; change both, and `ABI`, together."""
+"""The structures of `csrc/include/sale_prefill/cuda_api.h`, member by member; change both, and `ABI`, together.
+
+They are packed from plain numbers: structures of ctypes take three times as long to fill, and a layer is called often.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+import struct
 
 import torch
 from torch import Tensor
 
-ABI = 4
-
+ABI = 5
 
 #: SaleCudaDtype.
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
+# Members in the order of the header, in the letters of `struct`; "0q" aligns the end as a structure's end is.
+_GRID = "4i 2q 5i 0q"
+_ROWS = "P 3q"
+_TOKENS = "P 5q P 2q"
+
+
+def _layout(*members: str) -> struct.Struct:
+    return struct.Struct("@" + " ".join((*members, "0q")))
+
+
+#: Function, without `sale_cuda_`, to the structure that it takes. Pointers that are null are 0.
+CALLS = {
+    "key_centre": _layout(_GRID, _TOKENS, "P q"),
+    "quantise_key": _layout(_GRID, _TOKENS, _TOKENS, _TOKENS, "P q"),
+    "query_rows": _layout(_GRID, _ROWS, _TOKENS, "6P f"),
+    "select": _layout(_GRID, "P", _TOKENS, _TOKENS, "2P q P q"),
+    "attend": _layout(_GRID, _ROWS, _TOKENS, _TOKENS, "P 2q P", _ROWS, "P 2q f P"),
+    "count_blocks": _layout("2P q 2i"),
+    "layer": _layout(_GRID, _ROWS, _ROWS, *4 * (_TOKENS,), "P 3q 3P q 4P q 2P 2q f 5P"),
+    "quantise_query_4bit": _layout(_GRID, _ROWS, "3P"),
+    "quantise_key_4bit": _layout(_GRID, _TOKENS, _TOKENS, _TOKENS, "P q"),
+    "select_4bit": _layout(_GRID, "3P", _TOKENS, _TOKENS, _TOKENS, "3P q P q"),
+    "decode": _layout(_ROWS, _TOKENS, _TOKENS, _ROWS, "4P q 9i f"),
+}
+
+Numbers = tuple[int, ...]
+#: SaleCudaTokens of nothing.
+NO_TOKENS: Numbers = (0,) * 9
+
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether kernels and the copy engine can read it: rows contiguous, start and strides multiples of 16 bytes."""
-    unit = 16 // tensor.element_size()
-    strides_fit = tensor.stride(-1) == 1 and all(stride % unit == 0 for stride in tensor.stride()[:3])
-    return strides_fit and tensor.data_ptr() % 16 == 0
+    unit, head, token, element = tensor.stride()
+    return element == 1 and not (tensor.data_ptr() | (unit | head | token) * tensor.itemsize) & 15
 
 
-class Tokens(ctypes.Structure):
-    """SaleCudaTokens: keys, values or codes, contiguous or paged."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("unit_stride", c_int64),
-        ("head_stride", c_int64),
-        ("token_stride", c_int64),
-        ("units", c_int64),
-        ("unit_tokens", c_int64),
-        ("page_table", c_void_p),
-        ("page_table_stride", c_int64),
-        ("page_table_step", c_int64),
-    ]
-
-    @classmethod
-    def of(cls, tensor: Tensor, page_table: Tensor | None, tokens: int) -> Tokens:
-        """`[B, Hkv, >= tokens, ...]`, or with a page table `[pages, Hkv, page_tokens, ...]`."""
-        strides = tensor.stride()[:3]
-        if page_table is None:
-            return cls(tensor.data_ptr(), *strides, tensor.shape[0], tokens, None, 0, 0)
-        return cls(
-            tensor.data_ptr(),
-            *strides,
-            tensor.shape[0],
-            tensor.shape[2],
-            page_table.data_ptr(),
-            *page_table.stride(),
-        )
+def tokens_of(tensor: Tensor, page_table: Tensor | None, tokens: int) -> Numbers:
+    """SaleCudaTokens of keys, values or codes: `[B, Hkv, >= tokens, ...]`, or `[pages, Hkv, page_tokens, ...]`."""
+    unit, head, token = tensor.stride()[:3]
+    if page_table is None:
+        return (tensor.data_ptr(), unit, head, token, tensor.shape[0], tokens, 0, 0, 0)
+    units, _, unit_tokens = tensor.shape[:3]
+    table = page_table.data_ptr()
+    return (tensor.data_ptr(), unit, head, token, units, unit_tokens, table, *page_table.stride())
 
 
-class Rows(ctypes.Structure):
-    """SaleCudaRows: query or output `[B, H, Nq, d]`."""
-
-    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("row_stride", c_int64)]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Rows:
-        """`[B, H, Nq, d]` with a contiguous last dimension."""
-        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+def rows_of(tensor: Tensor) -> Numbers:
+    """SaleCudaRows of queries or output `[B, H, Nq, d]` with a contiguous last dimension."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
-class Grid(ctypes.Structure):
-    """SaleCudaGrid."""
-
-    _fields_ = [
-        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("rows", "offset")),
-        *((name, c_int32) for name in ("query_block", "sink_blocks", "local_tokens", "multiprocessors", "dtype")),
-    ]
-
-
-class KeyCentre(ctypes.Structure):
-    """SaleCudaKeyCentre."""
-
-    _fields_ = [("grid", Grid), ("keys", Tokens), ("centre", c_void_p), ("tokens", c_int64)]
-
-
-class QuantiseKey(ctypes.Structure):
-    """SaleCudaQuantiseKey."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("keys", Tokens),
-        ("codes", Tokens),
-        ("scales", Tokens),
-        ("centre", c_void_p),
-        ("start", c_int64),
-    ]
-
-
-class QueryRows(ctypes.Structure):
-    """SaleCudaQueryRows."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("query", Rows),
-        ("keys", Tokens),
-        ("centre", c_void_p),
-        ("log_tau", c_void_p),
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("lse", c_void_p),
-        ("thresholds", c_void_p),
-        ("scale", c_float),
-    ]
-
-
-class Select(ctypes.Structure):
-    """SaleCudaSelect."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("query_codes", c_void_p),
-        ("key_codes", Tokens),
-        ("key_scales", Tokens),
-        ("thresholds", c_void_p),
-        ("strides", POINTER(c_int32)),
-        ("unstrided_from", c_int64),
-        ("words", c_void_p),
-        ("mask_words", c_int64),
-    ]
-
-
-class Attend(ctypes.Structure):
-    """SaleCudaAttend."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("query", Rows),
-        ("keys", Tokens),
-        ("values", Tokens),
-        ("words", c_void_p),
-        ("mask_words", c_int64),
-        ("dense_until", c_int64),
-        ("skip_heads", c_void_p),
-        ("output", Rows),
-        ("lse", c_void_p),
-        ("lse_batch_stride", c_int64),
-        ("lse_head_stride", c_int64),
-        ("scale", c_float),
-        ("next_work", c_void_p),
-    ]
-
-
-class QuantiseQuery4(ctypes.Structure):
-    """SaleCudaQuantiseQuery4."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("query", Rows),
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("block_means", c_void_p),
-    ]
-
-
-class Select4(ctypes.Structure):
-    """SaleCudaSelect4."""
-
-    _fields_ = [
-        ("grid", Grid),
-        ("query_codes", c_void_p),
-        ("query_scales", c_void_p),
-        ("block_means", c_void_p),
-        ("key_codes", Tokens),
-        ("key_scales", Tokens),
-        ("keys", Tokens),
-        ("centre", c_void_p),
-        ("thresholds", c_void_p),
-        ("strides", POINTER(c_int32)),
-        ("unstrided_from", c_int64),
-        ("words", c_void_p),
-        ("mask_words", c_int64),
-    ]
-
-
-class Decode(ctypes.Structure):
-    """SaleCudaDecode."""
-
-    _fields_ = [
-        ("query", Rows),
-        ("keys", Tokens),
-        ("values", Tokens),
-        ("output", Rows),
-        ("lse", c_void_p),
-        ("lengths", c_void_p),
-        ("partial", c_void_p),
-        ("partial_lse", c_void_p),
-        ("capacity", c_int64),
-        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim", "dtype", "lengths_64_bit")),
-        *((name, c_int32) for name in ("splits", "least_chunk", "multiprocessors")),
-        ("scale", c_float),
-    ]
-
-
-CALLS: dict[str, type[ctypes.Structure]] = {
-    "key_centre": KeyCentre,
-    "quantise_key": QuantiseKey,
-    "query_rows": QueryRows,
-    "select": Select,
-    "attend": Attend,
-    "quantise_query_4bit": QuantiseQuery4,
-    "quantise_key_4bit": QuantiseKey,
-    "select_4bit": Select4,
-    "decode": Decode,
-}
+def pointer(tensor: Tensor | None) -> int:
+    """Where it lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -219,5 +80,5 @@ def declare(library: ctypes.CDLL) -> None:
     """
     if library.sale_cuda_abi() != ABI:
         raise RuntimeError(f"the kernel library speaks ABI {library.sale_cuda_abi()}, this package {ABI}")
-    for name, structure in CALLS.items():
-        getattr(library, f"sale_cuda_{name}").argtypes = [POINTER(structure), c_void_p]
+    for name in CALLS:
+        getattr(library, f"sale_cuda_{name}").argtypes = [ctypes.c_char_p, ctypes.c_void_p]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sale_attention.backends import register_backend
+from sale_attention.backends import LayerCall, register_backend
 from sale_attention.config import HeadPlan, SaleConfig
 from sale_attention.cuda import abi, library
 from sale_attention.geometry import BlockGrid
@@ -17,8 +18,12 @@ from sale_attention.kv_view import KvView
 from sale_attention.quantise import KeyCodes, QueryCodes
 from sale_attention.reference import ReferenceBackend
 from sale_attention.select import Selection
+from sale_attention.statistics import ESTIMATION_PHASES
 
 _MOST_HEADS = 512
+#: What `SaleCudaLayer` times, in its order.
+_PHASES = (*ESTIMATION_PHASES, "compute")
+_NO_EVENTS = (0,) * (len(_PHASES) + 1)
 
 
 class CudaBackend(ReferenceBackend):
@@ -64,8 +69,8 @@ class CudaBackend(ReferenceBackend):
             return super().key_centre(kv, config)
         keys = _aligned(kv.keys)
         centre = torch.empty(kv.batch, kv.kv_heads, kv.head_dim, device=kv.device)
-        tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
-        call = abi.KeyCentre(_key_grid(kv), tokens, centre.data_ptr(), min(config.centre_tokens, kv.tokens))
+        tokens = abi.tokens_of(keys, kv.page_table, kv.tokens)
+        call = (*_key_grid(kv), *tokens, centre.data_ptr(), min(config.centre_tokens, kv.tokens))
         library.call(native, "key_centre", call, kv.device)
         return centre
 
@@ -90,8 +95,8 @@ class CudaBackend(ReferenceBackend):
             super().quantise_key_range(kv, config, start, out)
             return
         keys, centre = _aligned(kv.keys), out.centre.contiguous()
-        tokens = abi.Tokens.of(keys, kv.page_table, kv.tokens)
-        call = abi.QuantiseKey(_key_grid(kv), tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
+        tokens = abi.tokens_of(keys, kv.page_table, kv.tokens)
+        call = (*_key_grid(kv), *tokens, *_code_tokens(out, kv.tokens), centre.data_ptr(), start)
         library.call(native, "quantise_key" if config.code_bits == 8 else "quantise_key_4bit", call, kv.device)
 
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
@@ -140,27 +145,25 @@ class CudaBackend(ReferenceBackend):
         thresholds = thresholds.contiguous()
         words = torch.empty(batch, heads, grid.query_blocks, grid.mask_words, dtype=torch.int32, device=codes.device)
         shape, key_tokens = _grid(codes, grid, kv), _code_tokens(key_codes, kv.tokens)
+        strides = _strides(plan.strides)
         rest = (
             thresholds.data_ptr(),
-            (ctypes.c_int32 * heads)(*plan.strides),
+            ctypes.addressof(strides),
             plan.unstrided_from,
             words.data_ptr(),
             grid.mask_words,
         )
         if means is None:
-            call = abi.Select(shape, codes.data_ptr(), *key_tokens, *rest)
-            library.call(native, "select", call, codes.device)
+            library.call(native, "select", (*shape, codes.data_ptr(), *key_tokens, *rest), codes.device)
             return Selection(words, grid.key_blocks)
-        shape.dtype = abi.DTYPES[kv.dtype]
         keys, scales, means = _aligned(kv.keys), query_codes.scales.contiguous(), means.contiguous()
         centre = key_codes.centre.contiguous()
-        corrected = abi.Select4(
-            shape,
-            codes.data_ptr(),
-            scales.data_ptr(),
-            means.data_ptr(),
+        corrected = (
+            *shape[:-1],
+            abi.DTYPES[kv.dtype],
+            *(tensor.data_ptr() for tensor in (codes, scales, means)),
             *key_tokens,
-            abi.Tokens.of(keys, kv.page_table, kv.tokens),
+            *abi.tokens_of(keys, kv.page_table, kv.tokens),
             centre.data_ptr(),
             *rest,
         )
@@ -186,28 +189,19 @@ class CudaBackend(ReferenceBackend):
         skip = _flags(plan.dense, query.device) if any(plan.dense) else None
         _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), skip)
 
-    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
-        """Where there are kernels: one launch less, and one tail of it."""
-        return self._native(query, kv.head_dim, kv.value_dim, query.dtype) is not None
-
-    def compute_joined(
-        self,
-        query: Tensor,
-        kv: KvView,
-        selection: Selection,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        scale: float,
-        output: Tensor,
-        lse: Tensor,
-        dense_until: int,
-    ) -> None:
-        """See `AttentionBackend.compute_joined`."""
-        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, scale)
-        if native is None:
-            super().compute_joined(query, kv, selection, plan, grid, scale, output, lse, dense_until)
+    def attend_layer(self, call: LayerCall) -> None:
+        """See `AttentionBackend.attend_layer`: with 8-bit codes one call of the library, which launches all phases."""
+        query, kv = call.query, call.kv
+        native = self._native(query, kv.head_dim, kv.value_dim, query.dtype, call.scale)
+        if native is None or call.config.code_bits != 8:
+            super().attend_layer(call)
             return
-        _attend(native, query, kv, grid, scale, output, lse, selection.words.contiguous(), None, dense_until)
+        if call.statistics is None:
+            _attend_layer(native, call, _NO_EVENTS)
+            return
+        events = call.statistics.timing_events(query.device, len(_PHASES) + 1)
+        _attend_layer(native, call, [event.cuda_event for event in events])
+        call.statistics.time_phases(_PHASES, events)
 
     def attend_all(
         self, query: Tensor, kv: KvView, grid: BlockGrid, scale: float, output: Tensor, lse: Tensor | None
@@ -241,16 +235,16 @@ def _query_rows(
         torch.empty(query.shape if codes else 0, dtype=torch.int8, device=query.device),
         torch.empty(query.shape[:3] if codes else 0, device=query.device),
     )
-    call = abi.QueryRows(
-        _grid(query, grid, kv),
-        abi.Rows.of(query),
-        abi.Tokens() if kv is None or keys is None else abi.Tokens.of(keys, kv.page_table, kv.tokens),
-        _pointer(centre),
-        _pointer(log_tau),
-        _pointer(result.codes if codes else None),
-        _pointer(result.scales if codes else None),
-        _pointer(lse),
-        _pointer(thresholds),
+    call = (
+        *_grid(query, grid, kv),
+        *abi.rows_of(query),
+        *(abi.NO_TOKENS if kv is None or keys is None else abi.tokens_of(keys, kv.page_table, kv.tokens)),
+        abi.pointer(centre),
+        abi.pointer(log_tau),
+        abi.pointer(result.codes if codes else None),
+        abi.pointer(result.scales if codes else None),
+        abi.pointer(lse),
+        abi.pointer(thresholds),
         scale,
     )
     library.call(native, "query_rows", call, query.device)
@@ -264,13 +258,9 @@ def _centred_rows(native: ctypes.CDLL, query: Tensor, grid: BlockGrid) -> QueryC
     scales = torch.empty(query.shape[:3], device=query.device)
     means = torch.empty(*query.shape[:2], grid.query_blocks, query.shape[3], device=query.device)
     pointers = (tensor.data_ptr() for tensor in (codes, scales, means))
-    call = abi.QuantiseQuery4(_grid(query, grid), abi.Rows.of(query), *pointers)
+    call = (*_grid(query, grid), *abi.rows_of(query), *pointers)
     library.call(native, "quantise_query_4bit", call, query.device)
     return QueryCodes(codes, scales, means)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _attend(
@@ -283,26 +273,85 @@ def _attend(
     lse: Tensor | None,
     words: Tensor | None,
     skip_heads: Tensor | None,
-    dense_until: int = 0,
 ) -> None:
     query, keys, values = _aligned(query), _aligned(kv.keys), _aligned(kv.values)
-    counter = torch.empty(1, dtype=torch.int32, device=query.device)
-    call = abi.Attend(
-        _grid(query, grid, kv),
-        abi.Rows.of(query),
-        abi.Tokens.of(keys, kv.page_table, kv.tokens),
-        abi.Tokens.of(values, kv.page_table, kv.tokens),
-        None if words is None else words.data_ptr(),
+    counter = library.work_counter(query.device)
+    call = (
+        *_grid(query, grid, kv),
+        *abi.rows_of(query),
+        *abi.tokens_of(keys, kv.page_table, kv.tokens),
+        *abi.tokens_of(values, kv.page_table, kv.tokens),
+        abi.pointer(words),
         grid.mask_words,
-        dense_until,
-        None if skip_heads is None else skip_heads.data_ptr(),
-        abi.Rows.of(output),
-        None if lse is None else lse.data_ptr(),
+        0,
+        abi.pointer(skip_heads),
+        *abi.rows_of(output),
+        abi.pointer(lse),
         *((0, 0) if lse is None else lse.stride()[:2]),
         scale,
         counter.data_ptr(),
     )
     library.call(native, "attend", call, query.device)
+
+
+def _attend_layer(native: ctypes.CDLL, call: LayerCall, events: Sequence[int]) -> None:
+    query, kv = _aligned(call.query), call.kv
+    keys, values = _aligned(kv.keys), _aligned(kv.values)
+    batch, heads, all_rows, head_dim = query.shape
+    rows = min(all_rows, kv.tokens - call.dense_until)
+    grid = BlockGrid.of(rows, kv.tokens, call.config)
+    scratch = _Scratch()
+    query_codes = scratch.reserve(batch * heads * rows * head_dim)
+    thresholds = scratch.reserve(batch * heads * rows * 4)
+    words = scratch.reserve(batch * heads * grid.query_blocks * grid.mask_words * 4)
+    held = torch.empty(scratch.size, dtype=torch.uint8, device=query.device)  # holds the memory until all is launched
+    start, counter = held.data_ptr(), library.work_counter(query.device)
+    codes, plan, lse = call.keys.codes, call.plan, call.lse
+    strides = _strides(plan.strides)
+    arguments = (
+        *_grid(query, BlockGrid.of(all_rows, kv.tokens, call.config), kv),
+        *abi.rows_of(query),
+        *abi.rows_of(call.output),
+        *abi.tokens_of(keys, kv.page_table, kv.tokens),
+        *abi.tokens_of(values, kv.page_table, kv.tokens),
+        *_code_tokens(codes, kv.tokens),
+        codes.centre.data_ptr(),
+        call.keys.centre_tokens,
+        call.keys.start,
+        call.dense_until,
+        call.policy.log_tau(query.device).data_ptr(),
+        ctypes.addressof(strides),
+        abi.pointer(_flags(plan.dense, query.device) if any(plan.dense) else None),
+        plan.unstrided_from,
+        start + query_codes,
+        start + thresholds,
+        start + words,
+        counter.data_ptr(),
+        grid.mask_words,
+        abi.pointer(call.kept),
+        abi.pointer(lse),
+        *((0, 0) if lse is None else lse.stride()[:2]),
+        call.scale,
+        *events,
+    )
+    library.call(native, "layer", arguments, query.device)
+
+
+class _Scratch:
+    """Offsets into one buffer, in bytes: every buffer of its own costs the host two microseconds a layer."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def reserve(self, size: int) -> int:
+        offset = self.size
+        self.size += -(-size // 256) * 256
+        return offset
+
+
+@functools.lru_cache(maxsize=256)
+def _strides(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
 
 
 @functools.lru_cache(maxsize=256)
@@ -316,9 +365,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if abi.is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
+def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Numbers:
     batch, heads, rows, head_dim = query.shape
-    return abi.Grid(
+    return (
         batch,
         heads,
         heads if kv is None else kv.kv_heads,
@@ -333,15 +382,16 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
     )
 
 
-def _key_grid(kv: KvView) -> abi.Grid:
+def _key_grid(kv: KvView) -> abi.Numbers:
     """Keys alone, without queries."""
-    return abi.Grid(kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
+    return (kv.batch, kv.kv_heads, kv.kv_heads, kv.head_dim, kv.tokens, 0, 64, 0, 0, 0, abi.DTYPES[kv.dtype])
 
 
-def _code_tokens(codes: KeyCodes, tokens: int) -> tuple[abi.Tokens, abi.Tokens]:
+def _code_tokens(codes: KeyCodes, tokens: int) -> abi.Numbers:
+    """Codes, then scales."""
     # A scale is one "token" of one element a block, so its own page table counts blocks.
-    scales = abi.Tokens.of(codes.scales.unsqueeze(3), codes.page_table, -(-tokens // 32))
-    return abi.Tokens.of(codes.codes, codes.page_table, tokens), scales
+    scales = abi.tokens_of(codes.scales, codes.page_table, -(-tokens // 32))
+    return (*abi.tokens_of(codes.codes, codes.page_table, tokens), *scales)
 
 
 register_backend(CudaBackend())

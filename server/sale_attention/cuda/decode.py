@@ -43,12 +43,12 @@ def decode(query: Tensor, kv: KvView, lengths: Tensor, scale: float, return_lse:
     lse = query.new_empty(batch, heads, 1, dtype=torch.float32) if return_lse else None
     partial = query.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
     partial_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
-    call = abi.Decode(
-        abi.Rows.of(query),
-        abi.Tokens.of(kv.keys, kv.page_table, kv.tokens),
-        abi.Tokens.of(kv.values, kv.page_table, kv.tokens),
-        abi.Rows.of(output),
-        None if lse is None else lse.data_ptr(),
+    call = (
+        *abi.rows_of(query),
+        *abi.tokens_of(kv.keys, kv.page_table, kv.tokens),
+        *abi.tokens_of(kv.values, kv.page_table, kv.tokens),
+        *abi.rows_of(output),
+        abi.pointer(lse),
         lengths.data_ptr(),
         partial.data_ptr(),
         partial_lse.data_ptr(),

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -94,19 +95,42 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def call(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+def work_counter(device: torch.device) -> torch.Tensor:
+    """An int32 zero on the device, which a kernel may count with if it leaves a zero.
+
+    One a stream, whose launches follow each other; a captured launch, which may be replayed on any stream, has its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    place = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    counter = _WORK_COUNTERS.get(place)
+    if counter is None:
+        counter = _WORK_COUNTERS[place] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
+
+
+_WORK_COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def call(library: ctypes.CDLL, name: str, arguments: Sequence[float], device: torch.device) -> None:
     """Launch a kernel on the device's current stream.
+
+    Args:
+        library: of the device.
+        name: one of `abi.CALLS`.
+        arguments: the members of its structure, in order, nested ones flat.
+        device: where.
 
     Raises:
         RuntimeError: the launch failed; names the CUDA error.
     """
-    function = getattr(library, f"sale_cuda_{name}")
-    stream = torch.cuda.current_stream(device).cuda_stream
+    function, packed = getattr(library, f"sale_cuda_{name}"), abi.CALLS[name].pack(*arguments)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # torch.cuda.current_stream takes thirty times as long
     if torch.cuda.current_device() == device.index:  # entering and leaving a device costs as much as a launch
-        status = function(ctypes.byref(arguments), stream)
+        status = function(packed, stream)
     else:
         with torch.cuda.device(device):
-            status = function(ctypes.byref(arguments), stream)
+            status = function(packed, stream)
     if status > 0:
         raise RuntimeError(f"CUDA kernel {name}: cudaError {status} at launch")
     if status < 0:

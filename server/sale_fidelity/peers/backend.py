@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sale_attention import BlockGrid, HeadPlan, KeyCodes, KvView, QueryCodes, SaleConfig, Selection, register_backend
+from sale_attention import LayerCall, register_backend
 from sale_attention.dense import dense_attention
 from sale_attention.reference import ReferenceBackend
 
@@ -134,80 +134,27 @@ class PeersBackend(ReferenceBackend):
 
     name = NAME
 
-    def prepare_rows(
-        self,
-        query: Tensor,
-        kv: KvView,
-        centre: Tensor,
-        grid: BlockGrid,
-        config: SaleConfig,
-        log_tau: Tensor,
-        scale: float,
-    ) -> tuple[QueryCodes, Tensor]:
-        """Nothing: rules estimate for themselves."""
-        empty = query.new_empty(0)
-        return QueryCodes(empty, empty), empty
+    def attend_layer(self, call: LayerCall) -> None:
+        """Asks the chooser head by head; rules look at the queries of the whole prompt.
 
-    def select(
-        self,
-        query_codes: QueryCodes,
-        key_codes: KeyCodes,
-        thresholds: Tensor,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        kv: KvView,
-    ) -> Selection:
-        """Nothing; so an `AttentionStatistics` counts no blocks, and choosers tell the density."""
-        shape = (kv.batch, len(plan.dense), grid.query_blocks, grid.mask_words)
-        return Selection(torch.zeros(shape, dtype=torch.int32, device=kv.device), grid.key_blocks)
-
-    def joins_short_rows(self, query: Tensor, kv: KvView) -> bool:
-        """Always, since rules look at the queries of the whole prompt."""
-        return True
-
-    def compute(
-        self,
-        query: Tensor,
-        kv: KvView,
-        selection: Selection,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        scale: float,
-        output: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Refused: it does not see all queries."""
-        raise ValueError(
-            f"the {NAME} backend measures whole prompts with dense_rows > 0 and no dense head, not {grid.query_tokens} "
-            f"rows behind {grid.offset}"
-        )
-
-    def compute_joined(
-        self,
-        query: Tensor,
-        kv: KvView,
-        selection: Selection,
-        plan: HeadPlan,
-        grid: BlockGrid,
-        scale: float,
-        output: Tensor,
-        lse: Tensor,
-        dense_until: int,
-    ) -> None:
-        """Asks the chooser head by head. `lse` is not written: nothing that measures wants it."""
-        if grid.offset:
-            raise ValueError(f"the {NAME} backend measures whole prompts, not rows behind {grid.offset} tokens")
-        kv = kv.gathered()
-        short = query[:, :, :dense_until]
-        output[:, :, :dense_until] = dense_attention(short, kv.prefix(dense_until), scale=scale)
+        Neither log-sum-exp nor kept blocks are told: nothing that measures wants the one, choosers tell the density.
+        """
+        query, until, scale = call.query, call.dense_until, call.scale
+        if call.kv.tokens != query.shape[2] or not until or any(call.plan.dense):
+            raise ValueError(
+                f"the {NAME} backend measures whole prompts with dense_rows > 0 and no dense head, not "
+                f"{query.shape[2]} rows of {call.kv.tokens} tokens"
+            )
+        kv = call.kv.gathered()
+        call.output[:, :, :until] = dense_attention(query[:, :, :until], kv.prefix(until), scale=scale)
         keys, values = kv.keys_between(0, kv.tokens), kv.values_between(0, kv.tokens)
         group = query.shape[1] // kv.kv_heads
         for row in range(query.shape[0]):
             for index in range(query.shape[1]):
                 one_keys, one_values = keys[row, index // group], values[row, index // group]
-                head = Head(query[row, index], one_keys, scale, dense_until)
+                head = Head(query[row, index], one_keys, scale, until)
                 chosen = _current.get().choose(head, one_values.to(torch.float32))
-                _attend(head, one_values, chosen, output[row, index])
+                _attend(head, one_values, chosen, call.output[row, index])
 
 
 def _attend(head: Head, values: Tensor, chosen: tuple[Levels, float] | None, output: Tensor) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sale_attention import AttentionStatistics, Audit, LayerPolicy, Profile, SaleConfig, get_backend
-from sale_attention.crossover import NEVER, costs_of, crossover_of_heads
+from sale_attention.crossover import NEVER, costs_of, crossover_of_heads, longest_dense_prompt
 from sale_attention.transformers_integration import AttentionContext, attention_context
 from sale_prefill_server.engine.decode import GraphDecoder
 from sale_prefill_server.engine.guard import Guard, GuardReport
@@ -84,8 +84,7 @@ class Engine:
         policies = self._policies(settings)
         if self.guard is not None and self._is_expected(settings):
             policies = self.guard.adjusted(policies)
-        config = replace(self.config, dense_rows=self.crossover(settings))
-        return Sequence(self.pool.create(), settings, config, policies, self.level(settings))
+        return Sequence(self.pool.create(), settings, self.geometry(settings), policies, self.level(settings))
 
     def _is_expected(self, settings: AttentionSettings) -> bool:
         """Whether the server said what heads do, not the caller: then the guard knows what they should lose."""
@@ -110,19 +109,21 @@ class Engine:
         policy = LayerPolicy.uniform(self.model.num_query_heads, settings.threshold, settings.query_stride)
         return [policy] * self.model.kv_shape.num_layers
 
-    def crossover(self, settings: AttentionSettings) -> int:
-        """Row position from which a session with `settings` is sparse."""
+    def geometry(self, settings: AttentionSettings) -> SaleConfig:
+        """Of a session with `settings`, for its whole life: with the rows and the prompts that run dense."""
         if settings.error_budget is not None and self.level(settings) is None:
-            return NEVER
+            return replace(self.config, dense_rows=NEVER)
         if not self._has_crossover:
-            return self.config.dense_rows
+            return self.config
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
         heads = [
             head
             for policy in self._policies(settings)
             for head in zip(policy.tau.tolist(), policy.query_stride.tolist(), strict=True)
         ]
-        return crossover_of_heads(costs, heads, self.config)
+        rows = crossover_of_heads(costs, heads, self.config)
+        prompt = longest_dense_prompt(costs, heads, self.model.kv_shape.num_layers, rows)
+        return replace(self.config, dense_rows=rows, dense_prompt_tokens=prompt)
 
     def profile_report(self, sequence: Sequence) -> ProfileReport | None:
         """What the sequence got from the profile; None where it asked for none."""
@@ -149,6 +150,8 @@ class Engine:
         """The guard's part in a request that prefills positions `[start, end)`; None for most."""
         settings = sequence.settings
         if self.guard is None or settings.mode is AttentionMode.DENSE or not self._is_expected(settings):
+            return None
+        if end <= sequence.config.dense_prompt_tokens:
             return None
         start = max(start, sequence.config.dense_rows)
         return self.guard.begin(sequence.policies, sequence.config.query_block, start, end)

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from sale_attention import SaleConfig
-from sale_attention.crossover import NEVER, AttentionCosts, costs_of, crossover_position, expected_density
+from sale_attention.crossover import (
+    NEVER,
+    AttentionCosts,
+    costs_of,
+    crossover_position,
+    expected_density,
+    longest_dense_prompt,
+)
 
 # An H100-like machine, roughly: estimation at twice the rate of dense attention's products.
 COSTS = AttentionCosts(
@@ -57,9 +64,30 @@ def test_native_kernels_turn_sparse_before_a_short_prompt_is_long(backend: str) 
         assert 1024 <= crossover(costs_of(backend, head_dim)) <= 4096
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_on_a_gpu_a_prompt_of_4k_is_dense_and_one_of_6k_is_not(stride: int) -> None:
-    assert 4096 <= crossover(costs_of("cuda-sm90a", 128), stride=stride) <= 6144
+def dense_prompt(costs: AttentionCosts, heads: int, stride: int = 2) -> int:
+    return longest_dense_prompt(costs, [(0.004, stride)] * heads, 1, crossover(costs, stride=stride))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_on_a_gpu_a_prompt_of_4k_is_dense_and_one_of_8k_is_not(stride: int) -> None:
+    assert 4096 <= dense_prompt(costs_of("cuda-sm90a", 128), heads=32, stride=stride) < 8192
+
+
+def test_a_longer_prompt_saves_what_the_sparse_passes_cost_at_the_least() -> None:
+    costs = replace(COSTS, call_seconds=1e-3)
+    rows, tokens = crossover(costs, stride=2), dense_prompt(costs, heads=8)
+
+    def saved(end: int) -> float:
+        each = (row * costs.dense_pair_seconds - costs.sparse_row_seconds(row, 0.004, 2) for row in range(rows, end))
+        return 8 * sum(each)
+
+    assert saved(tokens - 128) < 1e-3 <= saved(tokens) * 1.001
+    assert dense_prompt(costs, heads=32) < tokens
+
+
+def test_without_fixed_costs_no_prompt_is_dense_for_its_length() -> None:
+    assert dense_prompt(COSTS, heads=8) == 0
+    assert dense_prompt(costs_of("cpu-avx512", 64), heads=9) == 0
 
 
 def test_a_backend_that_nobody_measured_counts_as_the_reference() -> None:

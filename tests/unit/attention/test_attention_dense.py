@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sale_attention import AttentionStatistics, KvView, LayerPolicy, attend
+from sale_attention import AttentionStatistics, KvView, LayerCall, LayerPolicy, attend
 from sale_attention.dense import dense_attention, dense_log_sum_exp
 from sale_attention.reference import ReferenceBackend
 from tests.conformance.calls import registered
@@ -110,44 +110,33 @@ def test_a_backend_may_take_dense_calls_of_several_rows(rows: int, window: int |
     assert torch.allclose(result.lse.double(), exact_lse, atol=1e-3)
 
 
-class JoiningBackend(ReferenceBackend):
-    """A backend that computes short rows along with the others; counts these calls."""
+class LayerBackend(ReferenceBackend):
+    """A backend that counts the layers it is handed as a whole."""
 
-    name = "joining"
+    name = "layer"
     calls = 0
 
-    def joins_short_rows(self, query: torch.Tensor, kv: KvView) -> bool:
-        return True
-
-    def compute_joined(self, *arguments: Any) -> None:
+    def attend_layer(self, call: LayerCall) -> None:
         self.calls += 1
-        super().compute_joined(*arguments)
+        super().attend_layer(call)
 
 
-@pytest.mark.parametrize(("rows", "offset", "joined"), [(300, 0, 1), (250, 37, 1), (200, 64, 0), (50, 0, 0)])
-def test_short_rows_computed_along_with_the_others_have_the_same_bits(rows: int, offset: int, joined: int) -> None:
+@pytest.mark.parametrize(("rows", "offset", "layers"), [(300, 0, 1), (250, 37, 1), (200, 64, 1), (50, 0, 0)])
+@pytest.mark.parametrize("dense_heads", [0, 1, 6])
+def test_a_backend_is_handed_the_layer_as_a_whole_where_rows_are_sparse(
+    rows: int, offset: int, layers: int, dense_heads: int
+) -> None:
     query, kv = random_problem(Shape(rows, offset, 6, 2))
-    backend = JoiningBackend()
+    policy = LayerPolicy(torch.tensor([0.0] * dense_heads + [0.1] * (6 - dense_heads)), torch.ones(6))
+    backend, statistics = LayerBackend(), AttentionStatistics()
     with registered(backend) as name:
-        statistics, plain_statistics = AttentionStatistics(), AttentionStatistics()
-        result = attend(query, kv, config=SMALL, backend=name, statistics=statistics)
-    plain = attend(query, kv, config=SMALL, backend="reference", statistics=plain_statistics)
-    assert backend.calls == joined
-    assert torch.equal(result.output, plain.output)
-    assert result.lse is not None
-    assert plain.lse is not None
-    assert torch.equal(result.lse, plain.lse)
-    assert statistics.density == plain_statistics.density
-
-
-def test_heads_that_are_dense_keep_short_rows_apart() -> None:
-    query, kv = random_problem(Shape(300, 0, 6, 2))
-    backend = JoiningBackend()
-    policy = LayerPolicy(torch.tensor([0.0, 0.1, 0.1, 0.1, 0.1, 0.1]), torch.ones(6, dtype=torch.int64))
-    with registered(backend) as name:
-        result = attend(query, kv, policy=policy, config=SMALL, backend=name)
-    assert backend.calls == 0
-    assert torch.equal(result.output, attend(query, kv, policy=policy, config=SMALL, backend="reference").output)
+        result = attend(query, kv, policy=policy, config=SMALL, backend=name, statistics=statistics)
+        silent = attend(query, kv, policy=policy, config=SMALL, backend=name, return_lse=False)
+    assert backend.calls == (0 if dense_heads == 6 else 2 * layers)
+    assert silent.lse is None
+    assert torch.equal(silent.output, result.output)
+    assert 0 < statistics.density <= 1
+    assert statistics.rows == 6 * rows
 
 
 def test_gradients_flow_though_a_backend_takes_dense_calls() -> None:

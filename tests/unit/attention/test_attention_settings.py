@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sale_attention import (
     AttentionStatistics,
@@ -200,6 +203,25 @@ def test_blocks_are_counted_by_head() -> None:
     assert statistics.layers == [7]
     assert statistics.density == pytest.approx(102 / 120)
     assert statistics.density_by_layer() == {7: pytest.approx(102 / 120)}
+
+
+def test_a_short_prompt_is_dense_in_every_chunk_and_a_longer_one_in_none() -> None:
+    query, kv = random_problem(Shape(300, 0, 4, 2))
+    config, policy = replace(SMALL, dense_prompt_tokens=300), LayerPolicy.uniform(4, tau=1.0)
+
+    def output(prompt_end: int, pieces: list[int]) -> Tensor:
+        parts = [
+            attend(query[:, :, start:end], kv.prefix(end), policy=policy, config=config, prompt_end=prompt_end).output
+            for start, end in pairwise(pieces)
+        ]
+        return torch.cat(parts, dim=2)
+
+    dense = attend(query, kv, policy=policy, config=replace(SMALL, dense_rows=320)).output
+    sparse = attend(query, kv, policy=policy, config=SMALL, prompt_end=301).output
+    assert not torch.equal(dense, sparse)
+    for pieces in ([0, 300], [0, 128, 256, 300]):
+        assert torch.equal(output(300, pieces), dense)
+        assert torch.equal(output(301, pieces), sparse)
 
 
 def test_dense_rows_are_counted_by_reason() -> None:
