@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for name in options.only or PARTS:
         rows += run_part(name, plan)
-    write_rows(file, rows, command)
+        write_rows(file, rows, command)  # a run that is cut short leaves what it has
     print_rows(rows)
     required = [row for row in rows if row.required]
     print(f"\n{sum(row.passed for row in required)} of {len(required)} lines hold; written to {file}")

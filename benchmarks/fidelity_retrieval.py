@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,37 @@ def code_hash(profile_digest: str, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Rest(retrieval.Plan):
+    """A plan without its first items."""
+
+    done: int = 0
+
+    def arguments(self) -> Iterator[tuple[str, int, int, float]]:
+        """As of the plan, from item `done` on."""
+        return itertools.islice(super().arguments(), self.done, None)
+
+
 def measure(
-    device: str = "auto", items: int = ITEMS, profile: str = "auto", error_budget: float | None = None, seed: int = 0
+    device: str = "auto",
+    items: int = ITEMS,
+    profile: str = "auto",
+    error_budget: float | None = None,
+    seed: int = 0,
+    resume: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole run. `profile` and `error_budget` as `sale-prefill evaluate` takes them."""
+    """The whole run. `profile` and `error_budget` as `sale-prefill evaluate` takes them.
+
+    Args:
+        resume: a shorter run of this source and seed on a device of the same name, whose items are taken over.
+
+    Raises:
+        ValueError: that run is of something else.
+    """
     model = load_model(DEFAULT_MODEL, device=device, dtype="float32")
     found = find_profile(model, profile)
     setting = profile_setting(model, found, error_budget=error_budget)
-    if model.device.type == "cuda":  # twenty times as fast as float32 throughout
+    if model.device.type == "cuda":  # its kernels take no float32
         setting = replace(setting, backend=half.NAME)
     started, done = time.perf_counter(), 0
 
@@ -79,16 +103,34 @@ def measure(
         if done % 50 == 0:
             print(f"     {done} of {items} items, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
-    plan = retrieval.Plan(items, seed=seed)
+    about = {**header(model, setting), "code_hash": code_hash(found.digest)}
+    earlier = _earlier(resume, about, seed)
+    plan = _Rest(items, seed=seed, done=len(earlier))
     result = compare_retrieval(model, setting, plan, on_progress=count)
+    if earlier:
+        outcomes = [retrieval.Outcome(**one) for one in (*earlier, *result["items"])]
+        rows = retrieval.outcome_rows(outcomes)
+        result = {"seed": seed, "summary": retrieval.summarise(outcomes), "items": rows}
     return {
-        **header(model, setting),
+        **about,
         "provenance": provenance("python -m benchmarks.fidelity_retrieval"),
-        "code_hash": code_hash(found.digest),
+        "resumed_after_items": len(earlier),
         "error_budget": setting.level.error_budget if setting.level else None,
         "duration_seconds": round(time.perf_counter() - started, 1),
         "retrieval": result,
     }
+
+
+def _earlier(file: Path | None, about: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+    if file is None:
+        return []
+    found = json.loads(file.read_text())
+    same = ("code_hash", "device", "dtype", "backend", "setting", "versions")
+    different = [name for name in same if found[name] != about[name]]
+    if different or found["retrieval"]["seed"] != seed:
+        raise ValueError(f"{file} is of another run: {', '.join(different) or 'seed'} differs; leave --resume out")
+    items: list[dict[str, Any]] = found["retrieval"]["items"]
+    return items
 
 
 def retrieval_rows(
@@ -197,9 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", default="auto", help="as sale-prefill evaluate takes it")
     parser.add_argument("--error-budget", type=float, help="level of the profile; default its own")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a shorter run, whose items are taken over")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    result = measure(options.device, options.items, options.profile, options.error_budget, options.seed)
+    chosen = (options.device, options.items, options.profile, options.error_budget, options.seed)
+    result = measure(*chosen, resume=options.resume)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["retrieval"]["summary"], indent=1))
