@@ -8,7 +8,7 @@ taken, and the other's density at it interpolated between neighbouring budgets. 
 over these documents, of the error that it bounds; and, as published, to one prompt of key-value retrieval.
 
 Documents have 8,192 tokens; with half of that both keep more and differ less. On a GPU six calibrate and four judge, on
-a CPU two and two, a piece of English and a module each.
+a CPU two and two, a piece of English and a module each: six minutes on two idle cores.
 """
 
 from __future__ import annotations
