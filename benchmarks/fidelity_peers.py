@@ -8,6 +8,7 @@ Every method (`sale_fidelity.peers`) estimates each head of each trace once; its
 
 - by head: each head has the density asked for;
 - shared: one knob for the heads of a trace, whose mean density is the one asked for;
+- own: the same, at the density that SALE has on that trace at its default threshold; this is what is promised;
 - by cost: each head costs as much, what it keeps and the estimation together, in shares of dense attention.
 
 Errors are |o - o_dense| / |o_dense| by row, float32 under exact masks, over the rows of sampled query blocks in the
@@ -20,6 +21,7 @@ The four 32K traces with 48 blocks a head: about 10 minutes on two cores, half a
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +35,7 @@ from torch import Tensor
 from benchmarks.attention_plot import WITHOUT_MATPLOTLIB, can_plot
 from benchmarks.attention_traces import Trace, load_trace, locate_traces
 from benchmarks.gpu_rows import Row, information, print_rows, write_rows
+from sale_attention import DEFAULT_TAU
 from sale_fidelity.peers import SALE, SALE_SAMPLED, Head, Levels, Method, methods, solve_shared
 from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 
@@ -45,7 +48,7 @@ BLOCKS = 48
 TOLERANCE = 0.01
 _TRACES_TO_WIN = 0.75
 
-Solved = Literal["head", "shared", "cost"]
+Solved = Literal["head", "shared", "own", "cost"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,27 +153,39 @@ def measure_trace(
     compared = methods() if compared is None else compared
     heads = [_MeasuredHead(trace, index, blocks, compared) for index in range(trace.heads)]
     samples = [head.samples() for head in heads]
+    own = _own_density(heads, compared)
     choices: dict[tuple[str, Solved, float], list[_Choice]] = {}
     for done, head in enumerate(heads, 1):
         for method in compared:
             targets: list[tuple[Solved, float, float]] = [("head", density, density) for density in densities]
+            targets += [("own", DEFAULT_TAU, own)] if own is not None else []
             targets += [("cost", cost, cost - _estimation(method, trace)) for cost in costs]
             for solved, target, density in targets:
                 if density > 0:
                     choice = head.choose(method, samples[done - 1], density)
                     choices.setdefault((method.name, solved, target), []).append(choice)
         on_head(done, len(heads))
+    together: list[tuple[Solved, Solved, float, float]] = [("head", "shared", share, share) for share in densities]
+    together += [("own", "own", DEFAULT_TAU, own)] if own is not None else []
     for method in compared:
-        for density in densities:
-            places = [_place_of(method, choice.setting) for choice in choices[method.name, "head", density]]
+        for apart, solved, target, density in together:
+            places = [_place_of(method, choice.setting) for choice in choices[method.name, apart, target]]
             levels = [head.levels[method.name][place] for head, place in zip(heads, places, strict=True)]
             knob = solve_shared([one.curve for one in levels], density)
-            choices[method.name, "shared", density] = [
+            choices[method.name, solved, target] = [
                 _Choice(method.rules[place].setting, one.density(knob), _errors(sampled, one, knob))
                 for place, one, sampled in zip(places, levels, samples, strict=True)
             ]
     by_name = {method.name: method for method in compared}
     return [_point(trace, by_name[name], solved, target, chosen) for (name, solved, target), chosen in choices.items()]
+
+
+def _own_density(heads: Sequence[_MeasuredHead], compared: Sequence[Method]) -> float | None:
+    """Mean density of SALE, every row inspected, at its default threshold; None where it is not compared."""
+    name = next((method.name for method in compared if method.family == SALE), None)
+    if name is None:
+        return None
+    return sum(head.levels[name][0].density(-math.log(DEFAULT_TAU)) for head in heads) / len(heads)
 
 
 def _place_of(method: Method, setting: str) -> int:
@@ -218,7 +233,7 @@ def peer_rows(
     costs: Sequence[float] = COSTS,
     compared: Sequence[Method] | None = None,
     family: str = SALE,
-    required: Sequence[Solved] = ("head", "shared"),
+    required: Sequence[Solved] = ("own",),
     on_head: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Row]:
     """The comparison as lines, one for each way to solve the knob and each target.
@@ -246,7 +261,8 @@ def peer_rows(
         )
     ]
     points += pooled(points)
-    targets: list[tuple[Solved, float]] = [("head", density) for density in densities]
+    targets: list[tuple[Solved, float]] = [("own", DEFAULT_TAU)] if any(m.family == SALE for m in compared) else []
+    targets += [("head", density) for density in densities]
     targets += [("shared", density) for density in densities] + [("cost", cost) for cost in costs]
     rows = [
         _verdict(points, compared, solved, target, family, required=solved in required) for solved, target in targets
@@ -258,6 +274,7 @@ def peer_rows(
 _TITLES: dict[Solved, str] = {
     "head": "p99 row error, every head at density {:g}",
     "shared": "p99 row error, one knob a trace, mean density {:g}",
+    "own": "p99 row error, one knob a trace, at SALE's density at tau {:g}",
     "cost": "p99 row error, every head at {:.0%} of dense cost",
 }
 
@@ -295,9 +312,12 @@ def _verdict(
     whole = next(duel for duel in duels if duel.trace == "pooled")
     single = [duel for duel in duels if duel.trace != "pooled"]
     won = [duel.trace for duel in single if duel.won]
+    place = ("pooled", whole.ours, solved, target)
+    density = next(p.density for p in points if (p.trace, p.method, p.solved, p.target) == place)
     measured = (
         f"{whole.ours} {whole.our_errors.p99:.3f} (max {whole.our_errors.max:.2f}), {whole.rival} "
-        f"{whole.rival_errors.p99:.3f} (max {whole.rival_errors.max:.2f}); below on {len(won)} of {len(single)} traces"
+        f"{whole.rival_errors.p99:.3f} (max {whole.rival_errors.max:.2f}); density {density:.3f}; below on "
+        f"{len(won)} of {len(single)} traces"
     )
     details: dict[str, Any] = {"below_pooled": whole.won, "below_on": won}
     for trace, found in by_trace.items():

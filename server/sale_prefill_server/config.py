@@ -48,7 +48,7 @@ class ServerConfig:
         0.004, "SALE threshold tau of a session that asks for none, without a profile", minimum=0
     )
     query_stride: int = _setting(1, "estimate from every n-th query row: 1, 2 or 4; without a profile", minimum=1)
-    guard_share: float = _setting(0.05, "share of prefills of which the guard recomputes some attention", minimum=0)
+    guard_share: float = _setting(0.01, "share of prefills of which the guard recomputes some attention", minimum=0)
     guard_policy: str = _setting(
         "fallback", "a head that loses more than calibrated: dense, or only told", choices=("fallback", "alert")
     )

@@ -46,8 +46,16 @@ def rows() -> list[Row]:
 
 def test_densities_are_the_ones_asked_for(points: list[Point]) -> None:
     for point in points:
-        if point.solved != "cost":
+        if point.solved in ("head", "shared"):
             assert point.density == pytest.approx(point.target, abs=0.03)
+
+
+def test_on_every_trace_all_methods_have_the_density_of_sale_at_its_default_threshold(points: list[Point]) -> None:
+    own = [point for point in points if point.solved == "own"]
+    assert {point.method for point in own} == {method.name for method in COMPARED}
+    for point in own:
+        (sale,) = (other for other in own if (other.trace, other.method) == (point.trace, "SALE"))
+        assert point.density == pytest.approx(sale.density, abs=0.03)
 
 
 def test_costs_are_what_is_kept_and_the_estimation(points: list[Point]) -> None:
@@ -77,11 +85,11 @@ def test_pooled_rows_are_those_of_all_traces(points: list[Point]) -> None:
         assert torch.equal(whole.errors, torch.cat(parts))
 
 
-def test_lines_at_equal_density_must_hold_and_those_at_equal_cost_inform(rows: list[Row]) -> None:
-    assert [bool(row.required) for row in rows] == [True, True, False, False]
+def test_the_line_at_sales_own_density_must_hold_and_the_others_inform(rows: list[Row]) -> None:
+    assert [bool(row.required) for row in rows] == [True, False, False, False, False]
     assert rows[0].passed == (rows[0].details["below_pooled"] and len(rows[0].details["below_on"]) >= 2)
-    assert "SALE alone costs more" in rows[2].measured
-    assert len(rows[0].details["points"]) == 3 * 11  # two traces and pooled; SALE has no point at the least cost
+    assert "SALE alone costs more" in rows[3].measured
+    assert len(rows[0].details["points"]) == 3 * 14  # two traces and pooled; SALE has no point at the least cost
 
 
 @pytest.mark.skipif(not can_plot(), reason="matplotlib is not installed")
