@@ -2,9 +2,10 @@
 
     python -m benchmarks.fidelity_retrieval --device cuda --output retrieval.json [--items 2000]
 
-The whole run is for a GPU (in float32, but for what goes into attention, so that what differs is what SALE dropped); its
-result is committed with every item's outcome and a hash of the source that determines it. `retrieval_rows` reads that, holds the hash against the
-source that is here, makes every item again to compare digests, and runs twenty of them again.
+The whole run is for a GPU, in float32 but for what goes into attention (float16), so that what differs is what SALE
+dropped; its result is committed with every item's outcome and a hash of the source that determines it. `retrieval_rows`
+reads that, holds the hash against the source that is here, makes every item again to compare digests, and runs twenty
+of them again, in float32 throughout on a CPU.
 """
 
 from __future__ import annotations
