@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from pathlib import Path
@@ -74,21 +75,20 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_calibrate(arguments: argparse.Namespace) -> int:
     """Writes a profile. Returns an exit status."""
     budget = _OBJECTIVES[arguments.objective] if arguments.error_budget is None else arguments.error_budget
-    if not 0 < budget < float("inf"):
-        print(f"sale-prefill calibrate: --error-budget {budget}: must be above 0", file=sys.stderr)
-        return EXIT_ERROR
     method = "rows" if arguments.objective == "rows" else arguments.method
-    if method != arguments.method == "paper":
-        print(
-            "sale-prefill calibrate: --method paper has an objective of its own: leave out --objective or --method",
-            file=sys.stderr,
-        )
-        return EXIT_ERROR
     try:
+        _check(arguments, budget)
         model = load_model(arguments.model, device=arguments.device, on_progress=_say)
         documents = _documents(model, arguments)
-        profile = calibrate(model, documents, budget, method=method, seed=arguments.seed, backend=arguments.costs)
-        save_profile(profile, arguments.output)
+        profile = calibrate(
+            model,
+            documents,
+            budget,
+            method=method,
+            seed=arguments.seed,
+            backend=arguments.costs,
+            output=arguments.output,
+        )
     except (ModelError, OSError, ValueError) as error:
         print(f"sale-prefill calibrate: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -100,6 +100,28 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
         )
     _say(f"written: {arguments.output}; serve it: sale-prefill serve --model MODEL --profile {arguments.output}")
     return EXIT_OK
+
+
+def _check(arguments: argparse.Namespace, budget: float) -> None:
+    """Raises `ValueError` for what would else be found out after a model was loaded, or after minutes of measuring."""
+    if not (budget * min(_BUDGET_FACTORS) > 0 and budget * max(_BUDGET_FACTORS) < float("inf")):
+        raise ValueError(f"--error-budget {budget}: must be above 0 and finite; what may lose nothing is served dense")
+    if arguments.method == "paper" and arguments.objective == "rows":
+        raise ValueError("--method paper has an objective of its own: leave out --objective or --method")
+    if arguments.method == "paper" and arguments.error_budget is not None:
+        raise ValueError(
+            f"--error-budget {budget:g}: --method paper has a bound of its own and measures what that gives: leave out "
+            "--error-budget or --method"
+        )
+    least = SaleConfig().dense_rows
+    if arguments.tokens <= least:
+        raise ValueError(f"--tokens {arguments.tokens}: must be above {least}; rows before that position are dense")
+    for file in arguments.text:
+        if not file.is_file():
+            raise ValueError(f"--text {file}: there is no such file; leave --text out for English and code")
+    folder = arguments.output.parent
+    if arguments.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {arguments.output}: cannot be written; name a file in a folder that is there")
 
 
 def _documents(model: FidelityModel, arguments: argparse.Namespace) -> list[Document]:
@@ -122,6 +144,7 @@ def calibrate(
     backend: str | None = None,
     config: SaleConfig | None = None,
     state_root: Path | None = None,
+    output: Path | None = None,
 ) -> Profile:
     """A profile of `model`.
 
@@ -136,8 +159,10 @@ def calibrate(
         backend: whose costs count, such as "cpu-avx512"; by default of the one that is best on the model's device.
         config: block geometry.
         state_root: where finished pieces are kept until the profile is there; an interrupted run goes on.
+        output: where to write the profile. Pieces stay until it is written.
 
     Raises:
+        OSError: `output` cannot be written.
         ValueError: documents that are too short.
     """
     menu = paper.MENU if method == "paper" else Menu()
@@ -191,6 +216,8 @@ def calibrate(
             "costs": backend,
         },
     )
+    if output is not None:
+        save_profile(profile, output)
     state.discard()
     return profile
 

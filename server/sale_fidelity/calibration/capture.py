@@ -126,7 +126,8 @@ def decoder_layers(model: FidelityModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == model.num_layers:
             return list(module)
     raise ValueError(
-        f"{type(decoder).__name__} has no list of {model.num_layers} layers; calibrate it with --method paper"
+        f"{type(decoder).__name__} has no list of {model.num_layers} layers, so it cannot be calibrated; serve it with "
+        "--profile none and a --threshold, or --attention dense"
     )
 
 

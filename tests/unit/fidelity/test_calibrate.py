@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,37 @@ def test_costs_may_be_another_machines(model: FidelityModel, tmp_path: Path) -> 
 def test_a_budget_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", "m", "--output", str(tmp_path / "p.json"), "--error-budget", "0"]) == 1
     assert "must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--error-budget", "nan"], "--error-budget nan: must be above 0 and finite"),
+        (["--error-budget", "1e308"], r"--error-budget 1e\+308: must be above 0 and finite"),
+        (["--method", "paper", "--error-budget", "0.1"], "--error-budget 0.1: --method paper has a bound of its own"),
+        (["--tokens", "1024"], "--tokens 1024: must be above 1024"),
+        (["--text", "missing.txt"], "--text missing.txt: there is no such file"),
+        (["--output", "missing/p.json"], "--output missing/p.json: cannot be written; name a file"),
+        (["--output", "."], "--output .: cannot be written"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "no-such-model", "--output", "p.json", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_measurements_stay_until_the_profile_is_written(model: FidelityModel, tmp_path: Path) -> None:
+    output, pieces = tmp_path / "profile.json", tmp_path / "pieces"
+    output.mkdir()
+    with pytest.raises(OSError):
+        calibrate(model, documents(), 0.001, config=CONFIG, state_root=pieces, output=output)
+    assert list(pieces.glob("*/measured-*"))
+    output.rmdir()
+    profile = calibrate(model, documents(), 0.001, config=CONFIG, state_root=pieces, output=output)
+    assert load_profile(output).digest == profile.digest
+    assert not list(pieces.iterdir())
 
 
 class TestRows:
