@@ -25,8 +25,9 @@ class Attention:
 
     Args:
         mode: `"sale"` for sparse attention (arXiv 2505.24179), `"dense"`, or `"default"` for the server's choice.
-        threshold: SALE threshold tau of every head, above 0 and at most 1; None takes the server's table.
-        query_stride: estimate from every n-th query row (1, 2 or 4); None takes the server's table.
+        threshold: SALE threshold tau of every head, above 0 and at most 1; None takes the server's setting.
+        query_stride: estimate from every n-th query row (1, 2 or 4); None takes the server's setting. Where both are
+            None, heads do what the server's calibrated profile says, if it has one.
         error_budget: most that attention may change predictions, in nats of divergence a token: the level of the
             server's calibrated profile with the largest budget within it, dense where there is none. Not together with
             threshold and query_stride. None takes the server's default.
@@ -44,7 +45,7 @@ class Attention:
 
     @classmethod
     def sale(cls, threshold: float | None = None, query_stride: int | None = None) -> Attention:
-        """Sparse attention, with the server's table for what is left out."""
+        """Sparse attention, with the server's setting for what is left out; its profile where both are."""
         return cls("sale", threshold, query_stride)
 
     @classmethod

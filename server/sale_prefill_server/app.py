@@ -228,14 +228,15 @@ class Server:
             "attention by %s; rows before position %d and prompts up to %d tokens run dense",
             engine.attention_backend,
             dense.dense_rows,
-            dense.dense_prompt_tokens,
+            max(dense.dense_prompt_tokens, dense.dense_rows),
         )
 
     def _log_profile(self, engine: Engine) -> None:
         profile, defaults = engine.profile, engine.defaults
         if profile is None:
             uniform = replace(defaults, error_budget=None)
-            logger.info("no profile of this model (profile = %r): %s by default", self.config.profile, uniform)
+            why = "of this model" if self.config.wants_shipped_profile else "is asked for"
+            logger.info("no profile %s (profile = %r): %s by default", why, self.config.profile, uniform)
             return
         logger.info("profile %s (%.12s): %s by default", profile.name, profile.digest, defaults)
         calibrated, block = profile.geometry.query_block, engine.config.query_block

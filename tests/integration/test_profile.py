@@ -208,11 +208,14 @@ def test_blocks_are_those_that_the_profile_was_calibrated_with(
     assert "query blocks of 64, calibrated with 128: they keep less" in caplog.text
 
 
-def test_without_a_profile_the_log_says_what_heads_do(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("asked", "why"), [("auto", "of this model"), ("none", "is asked for")])
+def test_without_a_profile_the_log_says_why_and_what_heads_do(
+    asked: str, why: str, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
-    with running_server(model=str(tiny_model), dtype="float32"):
+    with running_server(model=str(tiny_model), dtype="float32", profile=asked):
         pass
-    said = "no profile of this model (profile = 'auto'): sale attention, threshold 0.004, query_stride 1 by default"
+    said = f"no profile {why} (profile = {asked!r}): sale attention, threshold 0.004, query_stride 1 by default"
     assert caplog.text.count(said) == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class CalibrationState:
             OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self._file(f".{name}")
+        # Another calibration of the same model and texts, with another budget, may be at the same piece.
+        scratch = self._file(f".{name}-{uuid.uuid4().hex}")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch)
         scratch.replace(self._file(name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
@@ -18,6 +19,8 @@ from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.report import ProfileReport
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.kv.pool import KvPool
+
+logger = logging.getLogger(__name__)
 
 #: Prefill a little at start, so that a first request meets warm kernels: enough tokens for sparse rows to exist.
 _WARM_UP_TOKENS = 1280
@@ -157,8 +160,14 @@ class Engine:
         return self.guard.begin(sequence.policies, sequence.config.query_block, start, end)
 
     def finish_audit(self, sequence: Sequence, audit: Audit) -> GuardReport | None:
-        """What the guard makes of it; waits for the device."""
-        return None if self.guard is None else self.guard.finish(audit, sequence.level)
+        """What the guard makes of it; waits for the device. None, too, where that has no memory for it."""
+        if self.guard is None:
+            return None
+        try:
+            return self.guard.finish(audit, sequence.level)
+        except torch.OutOfMemoryError as error:
+            logger.warning("what the guard looked at stays unjudged: %s", error)
+            return None
 
     def next_boundary(self, position: int, end: int) -> int:
         """Where the chunk that starts at `position` ends."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from sale_attention import ModelFingerprint, Profile, SaleConfig, load_profile
@@ -208,6 +210,29 @@ def test_measurements_stay_until_the_profile_is_written(model: FidelityModel, tm
     profile = calibrate(model, documents(), 0.001, config=CONFIG, state_root=pieces, output=output)
     assert load_profile(output).digest == profile.digest
     assert not list(pieces.iterdir())
+
+
+def test_two_calibrations_may_be_at_the_same_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (CalibrationState(tmp_path, {"model": "m"}) for _ in range(2))
+    monkeypatch.setattr("sale_fidelity.calibration.state.save_file", interrupted_by(other))
+    one.save("piece", {"sums": torch.ones(2)})
+    found = one.load("piece")
+    assert found is not None
+    assert found["sums"].tolist() == [1.0, 1.0]
+    assert [file.name for file in one.folder.iterdir()] == ["piece.safetensors"]
+
+
+def interrupted_by(other: CalibrationState) -> Callable[[dict[str, torch.Tensor], Path], None]:
+    """`save_file` in the middle of whose first call `other` saves the same piece."""
+    calls: list[Path] = []
+
+    def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save_file(tensors, file)
+        calls.append(file)
+        if len(calls) == 1:
+            other.save("piece", tensors)
+
+    return save
 
 
 class TestRows:

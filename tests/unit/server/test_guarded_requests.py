@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sale_attention import SaleConfig
+from sale_attention import Audit, SaleConfig, TileResult
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.guard import Guard, GuardReport, GuardSettings
 from sale_prefill_server.engine.model import LoadedModel, load_model
@@ -106,6 +106,19 @@ def test_a_head_that_falls_stays_sparse_in_sessions_that_are_open(model: LoadedM
     assert report is not None
     assert (0, 1) in {(found.tile.layer, found.tile.head) for found in report.tiles}
     assert not any(session.sequence.policies[0].dense_heads)
+
+
+def test_a_device_without_memory_for_judging_ends_no_request(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(audit: Audit) -> list[TileResult]:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Audit, "results", results)
+    engine = engine_of(model)
+    session = session_of(engine)
+    assert append(engine, session, 2000) is None
+    assert session.num_tokens == 2000
 
 
 @pytest.mark.parametrize("done_chunks", [0, 3])
