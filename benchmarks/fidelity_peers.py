@@ -8,7 +8,7 @@ Every method (`sale_fidelity.peers`) estimates each head of each trace once; its
 
 - by head: each head has the density asked for;
 - shared: one knob for the heads of a trace, whose mean density is the one asked for;
-- own: the same, at the density that SALE has on that trace at its default threshold; this is what is promised;
+- own: the same, at the density that SALE has on that trace at its default threshold;
 - by cost: each head costs as much, what it keeps and the estimation together, in shares of dense attention.
 
 Errors are |o - o_dense| / |o_dense| by row, float32 under exact masks, over the rows of sampled query blocks in the
@@ -233,7 +233,7 @@ def peer_rows(
     costs: Sequence[float] = COSTS,
     compared: Sequence[Method] | None = None,
     family: str = SALE,
-    required: Sequence[Solved] = ("own",),
+    required: Sequence[Solved] = ("head", "shared", "own"),
     on_head: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Row]:
     """The comparison as lines, one for each way to solve the knob and each target.

@@ -26,6 +26,8 @@ from .tasks import TASKS
 EXIT_OK = 0
 EXIT_ERROR = 1
 _POSITION = 2048
+#: Default ones.
+_DOCUMENTS = 10
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +85,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--error-budget names a level of a profile; with --profile none, say --tau")
     if arguments.tau is not None and not 0 <= arguments.tau <= math.inf:
         raise ValueError(f"--tau {arguments.tau}: must be 0 (dense) or above")
-    for name in ("items", "documents"):
+    for name in ("items", "documents", "tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if arguments.documents > _DOCUMENTS and arguments.text is None:
+        raise ValueError(f"--documents {arguments.documents}: there are {_DOCUMENTS}; name files with --text")
+    for flag in ("text", "haystack"):
+        given = getattr(arguments, flag) or ()
+        for file in (given,) if isinstance(given, Path) else given:
+            if not file.is_file():
+                raise ValueError(f"--{flag} {file}: no such file")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise ValueError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
     if arguments.figures is not None and not figures.can_draw():
         raise ValueError(figures.WITHOUT_MATPLOTLIB)
 

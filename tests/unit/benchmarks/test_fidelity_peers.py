@@ -85,8 +85,8 @@ def test_pooled_rows_are_those_of_all_traces(points: list[Point]) -> None:
         assert torch.equal(whole.errors, torch.cat(parts))
 
 
-def test_the_line_at_sales_own_density_must_hold_and_the_others_inform(rows: list[Row]) -> None:
-    assert [bool(row.required) for row in rows] == [True, False, False, False, False]
+def test_lines_at_equal_density_must_hold_and_those_at_equal_cost_inform(rows: list[Row]) -> None:
+    assert [bool(row.required) for row in rows] == [True, True, True, False, False]
     assert rows[0].passed == (rows[0].details["below_pooled"] and len(rows[0].details["below_on"]) >= 2)
     assert "SALE alone costs more" in rows[3].measured
     assert len(rows[0].details["points"]) == 3 * 14  # two traces and pooled; SALE has no point at the least cost

@@ -242,6 +242,22 @@ class TestCommand:
         assert run("--profile", str(tmp_path / "none.json")) == 1
         assert "No such file or directory" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--tokens", "-10"), "--tokens -10: must be at least 1"),
+            (("--documents", "11"), "--documents 11: there are 10; name files with --text"),
+            (("--text", "nowhere.txt"), "--text nowhere.txt: no such file"),
+            (("--haystack", "nowhere.txt"), "--haystack nowhere.txt: no such file"),
+            (("--output", "nowhere/report.json"), "there is no folder nowhere; make it first"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_before_anything_is_measured(
+        self, run: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: tuple[str, str], message: str
+    ) -> None:
+        assert run("--profile", "none", *arguments) == 1
+        assert message in capsys.readouterr().err
+
     def test_a_threshold_beside_a_profile_is_refused(
         self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
     ) -> None:
