@@ -40,9 +40,6 @@ class Measurement:
         error: float64 `[H, E]`, sum of errors.
         squared_error: float64 `[H, E]`, sum of squared errors.
         effect: float64 `[H, E]`, sum of (g . delta)^2: twice the divergence of predictions, in nats.
-        block_effect: float64 `[H, E]`, sum over query blocks of (sum over rows of g . delta)^2: errors of neighbouring
-            rows that point the same way add up in it.
-        spread_effect: float64 `[H, E]`, sum of |g|^2 |delta|^2 / d_v: the same if delta pointed anywhere.
         histogram: int64 `[H, E, ERROR_BINS]`, errors counted by size.
     """
 
@@ -52,8 +49,6 @@ class Measurement:
     error: Tensor
     squared_error: Tensor
     effect: Tensor
-    block_effect: Tensor
-    spread_effect: Tensor
     histogram: Tensor
 
     @classmethod
@@ -63,7 +58,7 @@ class Measurement:
         sums = torch.zeros(heads, settings, dtype=torch.float64)
         computed = torch.zeros(heads, settings, dtype=torch.int64)
         histogram = torch.zeros(heads, settings, ERROR_BINS, dtype=torch.int64)
-        return cls(count, count, computed, sums, sums, sums, sums, sums, histogram)
+        return cls(count, count, computed, sums, sums, sums, histogram)
 
     def __add__(self, other: Measurement) -> Measurement:
         return Measurement(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
@@ -215,13 +210,10 @@ class _Layer:
             total = (mask @ weights[head].t()).clamp(min=torch.finfo(torch.float32).tiny)
             output = (mask @ values[:, head].flatten(1)).view(-1, count, value_dim) / total.unsqueeze(2)
             delta = output - dense[head]
-            size = delta.norm(dim=-1)  # [E, R]
-            error = size / norm[head]
+            error = delta.norm(dim=-1) / norm[head]  # [E, R]
             effect = (delta * gradient[head]).sum(dim=-1).to(torch.float64)
-            spread = (size * gradient[head].norm(dim=-1)).to(torch.float64) ** 2 / value_dim
             exact = error.to(torch.float64)
-            effects = (effect**2).sum(1), effect.sum(1) ** 2, spread.sum(1)
-            columns.append((exact.sum(1), (exact**2).sum(1), *effects, count_errors(error)))
+            columns.append((exact.sum(1), (exact**2).sum(1), (effect**2).sum(1), count_errors(error)))
         return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
     def _by_key_block(self, kv_head: int, members: slice, rows: slice) -> tuple[Tensor, Tensor]:

@@ -119,13 +119,13 @@ class Engine:
         if not self._has_crossover:
             return self.config
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
+        policies = self._policies(settings)
         heads = [
-            head
-            for policy in self._policies(settings)
-            for head in zip(policy.tau.tolist(), policy.query_stride.tolist(), strict=True)
+            head for policy in policies for head in zip(policy.tau.tolist(), policy.query_stride.tolist(), strict=True)
         ]
         rows = crossover_of_heads(costs, heads, self.config)
-        prompt = longest_dense_prompt(costs, heads, self.model.kv_shape.num_layers, rows)
+        layers = sum(not all(policy.dense_heads) for policy in policies)
+        prompt = longest_dense_prompt(costs, heads, layers, rows)
         return replace(self.config, dense_rows=rows, dense_prompt_tokens=prompt)
 
     def profile_report(self, sequence: Sequence) -> ProfileReport | None:
