@@ -30,7 +30,7 @@ from sale_fidelity.agreement import quickest_backend
 from sale_fidelity.calibration import levels, paper
 from sale_fidelity.calibration.capture import LayerCapture, forward_layers
 from sale_fidelity.calibration.measure import Measurement, measure_layer, sampled_blocks
-from sale_fidelity.calibration.menu import Menu
+from sale_fidelity.calibration.menu import SAMPLE_STRIDE, Menu
 from sale_fidelity.calibration.rows import solve_rows
 from sale_fidelity.calibration.texts import Document, default_documents
 from sale_fidelity.evaluation.documents import EvaluationDocument
@@ -70,7 +70,7 @@ class Comparison:
 
     def __init__(self, model: FidelityModel, say: Callable[[str], None]) -> None:
         self.model, self.say = model, say
-        self.config = SaleConfig()
+        self.config, self.paper_config = SaleConfig(sample_stride=SAMPLE_STRIDE), SaleConfig()
         # Those of the shipped profile, for both: they come from the same documents.
         self.centres = find_profile(model, "auto").key_centres
         #: By layer: settings of `_MENU` on calibration's documents, those and the paper's on others.
@@ -97,7 +97,7 @@ class Comparison:
 
         def observe(capture: LayerCapture) -> None:
             centre = self.centres[capture.layer]
-            losses.append(paper.paper_losses(capture, centre, self.config, quickest_backend(self.model)))
+            losses.append(paper.paper_losses(capture, centre, self.paper_config, quickest_backend(self.model)))
             if blocks is not None:
                 _add(self.calibration, capture.layer, measure_layer(capture, centre, self.config, _MENU, blocks))
 
@@ -110,8 +110,11 @@ class Comparison:
 
         def observe(capture: LayerCapture) -> None:
             centre = self.centres[capture.layer]
-            for sums, menu in ((self.heldout, _MENU), (self.heldout_paper, paper.MENU)):
-                _add(sums, capture.layer, measure_layer(capture, centre, self.config, menu, blocks))
+            for sums, menu, config in (
+                (self.heldout, _MENU, self.config),
+                (self.heldout_paper, paper.MENU, self.paper_config),
+            ):
+                _add(sums, capture.layer, measure_layer(capture, centre, config, menu, blocks))
 
         forward_layers(self.model, document.token_ids, observe)
 

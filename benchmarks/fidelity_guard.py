@@ -82,7 +82,7 @@ def engine_of(
         model.loaded,
         KvPool(model.loaded.kv_shape, 1 << 30),
         AttentionSettings(AttentionMode.SALE, 0.004, 1, budget),
-        SaleConfig(query_block=backend.query_block),
+        profile.geometry.applied_to(SaleConfig(query_block=backend.query_block)),
         chunk_tokens=2048 if model.device.type == "cpu" else 8192,
         attention_backend="auto",
         crossover=model.device.type == "cpu",  # a GPU would run prompts of this length dense

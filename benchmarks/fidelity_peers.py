@@ -36,7 +36,7 @@ from benchmarks.attention_plot import WITHOUT_MATPLOTLIB, can_plot
 from benchmarks.attention_traces import Trace, load_trace, locate_traces
 from benchmarks.gpu_rows import Row, information, print_rows, write_rows
 from sale_attention import DEFAULT_TAU
-from sale_fidelity.peers import SALE, SALE_SAMPLED, Head, Levels, Method, methods, solve_shared
+from sale_fidelity.peers import SALE, SALE_PAPER, Head, Levels, Method, methods, solve_shared
 from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 
 #: Kept shares at which methods are compared; SALE's own, at tau 0.004 and 32K, is 0.16 over all heads of that model.
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="only the first so many tokens of each trace")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="sampled query blocks a head")
     parser.add_argument("--only", type=int, nargs="+", help="places of the traces to take, from 0")
-    parser.add_argument("--family", choices=(SALE, SALE_SAMPLED), default=SALE, help="which stands against the peers")
+    parser.add_argument("--family", choices=(SALE, SALE_PAPER), default=SALE, help="which stands against the peers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ of them again, in float32 throughout on a CPU.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import itertools
 import json
@@ -54,14 +55,29 @@ _COMMENTS = ("#", "//")
 
 
 def code_hash(profile_digest: str, root: Path = ROOT) -> str:
-    """SHA-256 over the source that determines outcomes, and the profile; empty lines and comment lines do not count."""
+    """SHA-256 over the source that determines outcomes, and the profile; what only explains it does not count.
+
+    That is docstrings, comment lines and empty lines.
+    """
     files = sorted({file for pattern in _FILES for file in root.glob(pattern) if file.name not in _WITHOUT})
     digest = hashlib.sha256(profile_digest.encode())
     for file in files:
-        lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
+        text = file.read_text(encoding="utf-8")
+        explained = _docstring_lines(text) if file.suffix == ".py" else set()
+        lines = (line.rstrip() for number, line in enumerate(text.splitlines(), 1) if number not in explained)
         kept = [line for line in lines if line and not line.lstrip().startswith(_COMMENTS)]
         digest.update("\n".join([str(file.relative_to(root)), *kept, ""]).encode())
     return digest.hexdigest()
+
+
+def _docstring_lines(source: str) -> set[int]:
+    """Numbers of the lines, from 1 on, that a Python file's docstrings take up."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                found.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return found
 
 
 @dataclass(frozen=True)

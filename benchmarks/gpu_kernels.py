@@ -148,7 +148,7 @@ class Phases:
         self.backend.quantise_key_range(self.kv, CONFIG, 0, key_codes)
         log_tau = self.policy.log_tau(self.query.device)
         query_codes, thresholds = self.backend.prepare_rows(
-            self.query, self.kv, key_codes.centre, self.grid, CONFIG, log_tau, SCALE
+            self.query, self.kv, key_codes, self.plan, self.grid, CONFIG, log_tau, SCALE
         )
         return self.backend.select(query_codes, key_codes, thresholds, self.plan, self.grid, self.kv)
 

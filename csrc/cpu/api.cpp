@@ -65,6 +65,7 @@ int32_t sale_cpu_quantise_key(int32_t isa, const SaleQuantiseKey* call) {
 int32_t sale_cpu_sink_local(int32_t isa, const SaleSinkLocal* call) {
   return dispatch(isa, &KernelTable::sink_local, call);
 }
+int32_t sale_cpu_sampled(int32_t isa, const SaleSampled* call) { return dispatch(isa, &KernelTable::sampled, call); }
 int32_t sale_cpu_select(int32_t isa, const SaleSelect* call) { return dispatch(isa, &KernelTable::select, call); }
 int32_t sale_cpu_attend(int32_t isa, const SaleAttend* call) { return dispatch(isa, &KernelTable::attend, call); }
 

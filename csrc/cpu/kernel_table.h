@@ -9,6 +9,7 @@ struct KernelTable {
   int32_t (*quantise_query)(const SaleQuantiseQuery&);
   int32_t (*quantise_key)(const SaleQuantiseKey&);
   int32_t (*sink_local)(const SaleSinkLocal&);
+  int32_t (*sampled)(const SaleSampled&);
   int32_t (*select)(const SaleSelect&);
   int32_t (*attend)(const SaleAttend&);
 };

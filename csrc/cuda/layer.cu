@@ -47,9 +47,18 @@ int32_t prepare_rows(const SaleCudaLayer& call, const SaleCudaGrid& grid, void* 
   rows.centre = call.centre;
   rows.log_tau = call.log_tau;
   rows.codes = call.query_codes;
-  rows.thresholds = call.thresholds;
   rows.scale = call.scale;
-  return sale_cuda_query_rows(&rows, stream);
+  if (call.sample_stride == 0) {
+    rows.thresholds = call.thresholds;
+    return sale_cuda_query_rows(&rows, stream);
+  }
+  rows.scales = call.query_scales;
+  rows.lse = call.row_lse;
+  if (const int32_t status = sale_cuda_query_rows(&rows, stream); status != 0) return status;
+  const SaleCudaSampled sampled{grid, call.query_codes, call.query_scales, call.key_codes, call.key_scales, call.strides,
+                                call.unstrided_from, call.sample_stride, call.row_lse, call.log_tau, call.thresholds,
+                                call.scale};
+  return sale_cuda_sampled(&sampled, stream);
 }
 
 int32_t select(const SaleCudaLayer& call, const SaleCudaGrid& grid, void* stream) {

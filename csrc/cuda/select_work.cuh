@@ -1,4 +1,4 @@
-// What the selection kernels share: which rows vote in which CTA, for which query block, and which launches there are.
+// What selection and sampling share: which rows vote in which CTA, for which query block, and which launches there are.
 //
 // Voting rows are counted through the query blocks of a launch; 64 of them of one head are a unit, 16 of them a part.
 // A part lies in one query block whatever the stride (64 rows / stride 4), so whoever has a part takes whole decisions.
@@ -102,22 +102,29 @@ struct Part {
   }
 };
 
-// A part's codes as the A operand of 8-bit products (a warp's rows g and g + 8 in lane 4 g + q), and their thresholds.
+// A part's codes as the A operand of 8-bit products: a warp's rows g and g + 8 in lane 4 g + q.
 template <int kDim>
-__device__ __forceinline__ void load_part(const SaleCudaSelect& call, const Part& part, uint32_t (&codes)[kDim / 32][4],
-                                          float (&thresholds)[2]) {
+__device__ __forceinline__ void load_part_codes(const int8_t* query_codes, const Part& part,
+                                                uint32_t (&codes)[kDim / 32][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = part.row(lane / 4 + 8 * half);
-    thresholds[half] = call.thresholds[row];
-    const int8_t* source = call.query_codes + row * kDim + lane % 4 * 4;
+    const int8_t* source = query_codes + part.row(lane / 4 + 8 * half) * kDim + lane % 4 * 4;
 #pragma unroll
     for (int step = 0; step < kDim / 32; ++step) {
       codes[step][half] = *reinterpret_cast<const uint32_t*>(source + step * 32);
       codes[step][half + 2] = *reinterpret_cast<const uint32_t*>(source + step * 32 + 16);
     }
   }
+}
+
+// The same and the rows' thresholds.
+template <int kDim>
+__device__ __forceinline__ void load_part(const SaleCudaSelect& call, const Part& part, uint32_t (&codes)[kDim / 32][4],
+                                          float (&thresholds)[2]) {
+  load_part_codes<kDim>(call.query_codes, part, codes);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) thresholds[half] = call.thresholds[part.row(threadIdx.x % 32 / 4 + 8 * half)];
 }
 
 __device__ __forceinline__ uint32_t bits_below(int count) {
@@ -142,17 +149,13 @@ inline bool has_voter(const Blocks& blocks, int index, int stride) {
 }
 
 // Calls run(launch, most heads of a KV head) for every stride that heads have, and for each run of query blocks with
-// the same effective stride: an odd first or last one, the middle, the prompt's tail. Clears the words first. `launch.call`
-// is set before.
+// the same effective stride: an odd first or last one, the middle, the prompt's tail. `launch.call` is set before.
 template <class Launch, class Run>
-int run_select(Launch& launch, cudaStream_t stream, Run run) {
+int run_votes(Launch& launch, Run run) {
   const auto& call = launch.call;
   const SaleCudaGrid& grid = call.grid;
   const Blocks blocks(grid);
   const int count = blocks.query_blocks();
-  const size_t words = static_cast<size_t>(grid.batch) * grid.heads * count * call.mask_words;
-  if (const cudaError_t cleared = cudaMemsetAsync(call.words, 0, words * sizeof(uint32_t), stream); cleared != cudaSuccess)
-    return cleared;
   for (int head = 0; head < grid.heads; ++head) launch.strides[head] = static_cast<uint8_t>(call.strides[head]);
   const int group = grid.heads / grid.kv_heads;
   const int64_t tail_start = call.unstrided_from / grid.query_block - blocks.first_query_block;
@@ -178,6 +181,17 @@ int run_select(Launch& launch, cudaStream_t stream, Run run) {
     }
   }
   return 0;
+}
+
+// The same after clearing the words.
+template <class Launch, class Run>
+int run_select(Launch& launch, cudaStream_t stream, Run run) {
+  const auto& call = launch.call;
+  const size_t words =
+      static_cast<size_t>(call.grid.batch) * call.grid.heads * Blocks(call.grid).query_blocks() * call.mask_words;
+  if (const cudaError_t cleared = cudaMemsetAsync(call.words, 0, words * sizeof(uint32_t), stream); cleared != cudaSuccess)
+    return cleared;
+  return run_votes(launch, run);
 }
 
 }  // namespace sale::cuda

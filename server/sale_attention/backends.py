@@ -117,11 +117,28 @@ class AttentionBackend(ABC):
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """Log-sum-exp of centred sink and local scores, float32 `[B, H, Nq]`; see `sink_local`."""
 
+    @abstractmethod
+    def add_sampled(
+        self,
+        lse: Tensor,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        sample_stride: int,
+        scale: float,
+    ) -> None:
+        """Adds a sample of the keys between to `lse`, float32 `[B, H, Nq]`, in place; see `sampled.add_sampled`.
+
+        At least rows that vote get theirs.
+        """
+
     def prepare_rows(
         self,
         query: Tensor,
         kv: KvView,
-        centre: Tensor,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
         grid: BlockGrid,
         config: SaleConfig,
         log_tau: Tensor,
@@ -129,10 +146,12 @@ class AttentionBackend(ABC):
     ) -> tuple[QueryCodes, Tensor]:
         """What `select` needs of the queries: codes, and thresholds float32 `[B, H, Nq]` as of `row_thresholds`.
 
-        By default the two phases above, one after the other; a backend may do both in one pass over the queries.
+        By default the phases above, one after the other; a backend may make one pass over the queries of several.
         """
         codes = self.quantise_query(query, grid, config)
-        lse = self.sink_local_lse(query, kv, centre, grid, scale)
+        lse = self.sink_local_lse(query, kv, key_codes.centre, grid, scale)
+        if config.sample_stride:
+            self.add_sampled(lse, codes, key_codes, plan, grid, config.sample_stride, scale)
         return codes, row_thresholds(lse, codes, log_tau, scale)
 
     @abstractmethod
@@ -192,8 +211,9 @@ class AttentionBackend(ABC):
             self.quantise_key_range(kv, call.config, call.keys.start, codes)
         codes = codes.gathered(kv.tokens, call.config.key_block)
         with call.phase("sink_local"):
+            log_tau = call.policy.log_tau(query.device)
             query_codes, thresholds = self.prepare_rows(
-                query, kv, codes.centre, grid, call.config, call.policy.log_tau(query.device), call.scale
+                query, kv, codes, call.plan, grid, call.config, log_tau, call.scale
             )
         with call.phase("select"):
             selection = self.select(query_codes, codes, thresholds, call.plan, grid, kv)

@@ -32,6 +32,9 @@ class SaleConfig:
         unstrided_tail_tokens: the last rows of a prompt, which are all inspected whatever the query stride.
         dense_prompt_tokens: a prompt that ends at this position or before is dense altogether: its few sparse rows
             could not save what the sparse passes cost at the least.
+        sample_stride: thresholds are relative to an estimate of a row's whole sum: besides sink and local keys, every
+            `sample_stride`-th key between them counts, so many times over (`sampled.py`). A multiple of `key_block`;
+            needs 8-bit codes. 0, as the paper has it: relative to the sum over sink and local keys alone.
 
     Raises:
         ValueError: for a value outside the above, naming it and what is accepted.
@@ -46,6 +49,7 @@ class SaleConfig:
     code_bits: int = 8
     unstrided_tail_tokens: int = 128
     dense_prompt_tokens: int = 0
+    sample_stride: int = 0
 
     def __post_init__(self) -> None:
         _require_one_of("query_block", self.query_block, (64, 128))
@@ -53,7 +57,10 @@ class SaleConfig:
         _require_one_of("code_bits", self.code_bits, (8, 4))
         _require_multiple("sink_tokens", self.sink_tokens, "key_block", self.key_block)
         _require_multiple("local_tokens", self.local_tokens, "key_block", self.key_block)
+        _require_multiple("sample_stride", self.sample_stride, "key_block", self.key_block)
         _require_multiple("dense_rows", self.dense_rows, "query_block", self.query_block)
+        if self.sample_stride and self.code_bits != 8:
+            raise ValueError(f"sample_stride={self.sample_stride} needs code_bits=8, not {self.code_bits}; use 0")
         if self.centre_tokens < 1:
             raise ValueError(f"centre_tokens={self.centre_tokens} must be at least 1")
         for name in ("unstrided_tail_tokens", "dense_prompt_tokens"):

@@ -24,12 +24,15 @@ from .config import QUERY_STRIDES, LayerPolicy, SaleConfig
 from .fingerprint import ModelFingerprint
 
 FORMAT = "sale-prefill-profile"
-VERSION = 1
+VERSION = 2
 STRATEGIES = ("sparse", "streaming", "dense")
 METHODS = ("budget", "rows", "paper")
 
 Strategy = Literal["sparse", "streaming", "dense"]
 _T = TypeVar("_T")
+# What float32 holds, in which thresholds and centres are computed with.
+_LEAST_TAU, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_MOST_TOKENS = 1 << 20
 
 
 class ProfileError(ValueError):
@@ -73,13 +76,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The blocks that a profile was calibrated with; see `SaleConfig`."""
+    """What the thresholds of a profile speak of: its blocks, and what a row's sum takes in; see `SaleConfig`."""
 
     query_block: int
     key_block: int
     sink_tokens: int
     local_tokens: int
     code_bits: int
+    sample_stride: int
 
     @classmethod
     def of(cls, config: SaleConfig) -> Geometry:
@@ -87,7 +91,7 @@ class Geometry:
         return cls(**{item.name: getattr(config, item.name) for item in dataclasses.fields(cls)})
 
     def applied_to(self, config: SaleConfig) -> SaleConfig:
-        """`config` with these blocks; its own query block stays, since that is the one that its backend is made for."""
+        """`config` with this; its own query block stays, since that is the one that its backend is made for."""
         return dataclasses.replace(config, **{**dataclasses.asdict(self), "query_block": config.query_block})
 
 
@@ -241,14 +245,29 @@ def loads_profile(text: str) -> Profile:
         raise ProfileError(
             f"not whole JSON, line {error.lineno}: {error.msg}; the file was cut short or edited: calibrate again"
         ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ProfileError(f"the file: {error}: calibrate again") from error
     top = _Reader("", data)
     if top.take("format", str) != FORMAT:
         raise top.bad("format", f"this is no {FORMAT} file")
     if top.take("version", int) != VERSION:
         raise top.bad("version", f"this release reads version {VERSION}: calibrate again with it")
     profile = _read(top)
+    _check_finite(top)
     _check_unedited(top)
     return profile
+
+
+def _check_finite(reader: _Reader) -> None:
+    """Wherever it stands: JSON has no NaN and no infinity, though Python reads them."""
+    if isinstance(reader.data, float) and not math.isfinite(reader.data):
+        raise reader.bad("", "must be finite")
+    if isinstance(reader.data, dict):
+        for key in reader.data:
+            _check_finite(_Reader(reader._at(key), reader.data[key]))
+    elif isinstance(reader.data, list):
+        for index, value in enumerate(reader.data):
+            _check_finite(_Reader(f"{reader.path}[{index}]", value))
 
 
 def _check_unedited(top: _Reader) -> None:
@@ -303,7 +322,7 @@ def _read_level(reader: _Reader, fingerprint: ModelFingerprint) -> Level:
         )
 
     return Level(
-        error_budget=reader.number("error_budget"),
+        error_budget=reader.number("error_budget", least=_LEAST_TAU),
         settings=table("settings", _read_setting),
         measures=table("measures", _read_measure),
         density=reader.number("density", most=1.0),
@@ -317,8 +336,8 @@ def _read_setting(reader: _Reader) -> HeadSetting:
     strategy, tau, stride = reader.items("", 3, "fields: strategy, tau, query_stride")
     if strategy.data not in STRATEGIES:
         raise strategy.bad("", f"must be one of {', '.join(STRATEGIES)}")
-    if strategy.data == "sparse" and tau.number("", name="tau") == 0:
-        raise tau.bad("", "tau must be above 0; a head that keeps everything is dense", name="tau")
+    if strategy.data == "sparse" and tau.number("", most=_MOST, name="tau") < _LEAST_TAU:
+        raise tau.bad("", f"tau must be at least {_LEAST_TAU:g}; a head that keeps everything is dense", name="tau")
     if strategy.data != "sparse" and tau.data is not None:
         raise tau.bad("", f"a {strategy.data} head has no tau", name="tau")
     if stride.data not in QUERY_STRIDES or isinstance(stride.data, bool):
@@ -338,7 +357,7 @@ def _read_measure(reader: _Reader) -> HeadMeasure:
 def _read_centres(top: _Reader, fingerprint: ModelFingerprint) -> Tensor:
     rows = [
         [
-            [value.number("", least=-math.inf) for value in head.items("", fingerprint.head_dim, "values")]
+            [value.number("", least=-_MOST, most=_MOST) for value in head.items("", fingerprint.head_dim, "values")]
             for head in layer.items("", fingerprint.kv_heads, "kv heads")
         ]
         for layer in top.items("key_centres", fingerprint.layers, "layers")
@@ -353,8 +372,8 @@ def _read_dataclass(reader: _Reader, kind: type[_T]) -> _T:
         for item in dataclasses.fields(kind)  # type: ignore[arg-type]
     }
     for name, value in values.items():
-        if isinstance(value, int) and value < 0:
-            raise reader.bad(name, "must not be negative")
+        if isinstance(value, int) and not 0 <= value <= _MOST_TOKENS:
+            raise reader.bad(name, f"must be between 0 and {_MOST_TOKENS}")
     return kind(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import compute, quantise, select, sink_local
+from . import compute, quantise, sampled, select, sink_local
 from .backends import AttentionBackend, AttentionRequest, register_backend
 from .config import HeadPlan, SaleConfig
 from .geometry import BlockGrid
@@ -36,6 +36,19 @@ class ReferenceBackend(AttentionBackend):
     def sink_local_lse(self, query: Tensor, kv: KvView, centre: Tensor, grid: BlockGrid, scale: float) -> Tensor:
         """See `sink_local.sink_local_log_sum_exp`."""
         return sink_local.sink_local_log_sum_exp(query, kv.gathered(), centre, grid, scale)
+
+    def add_sampled(
+        self,
+        lse: Tensor,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        sample_stride: int,
+        scale: float,
+    ) -> None:
+        """See `sampled.add_sampled`; all rows get theirs."""
+        sampled.add_sampled(lse, query_codes, key_codes.gathered(grid.key_tokens), grid, sample_stride, scale)
 
     def select(
         self,

@@ -21,7 +21,7 @@ from sale_prefill_server.models.cache import default_cache_dir
 
 from .calibration import levels, paper, run
 from .calibration.measure import Measurement
-from .calibration.menu import Menu
+from .calibration.menu import SAMPLE_STRIDE, Menu
 from .calibration.solve import HeadChoices
 from .calibration.state import CalibrationState
 from .calibration.texts import Document, default_documents, user_documents
@@ -157,7 +157,8 @@ def calibrate(
             fits).
         seed: of the next tokens that are drawn.
         backend: whose costs count, such as "cpu-avx512"; by default of the one that is best on the model's device.
-        config: block geometry.
+        config: block geometry; by default a row's sum takes in every `menu.SAMPLE_STRIDE`-th key, but for the paper's
+            method.
         state_root: where finished pieces are kept until the profile is there; an interrupted run goes on.
         output: where to write the profile. Pieces stay until it is written.
 
@@ -166,7 +167,9 @@ def calibrate(
         ValueError: documents that are too short.
     """
     menu = paper.MENU if method == "paper" else Menu()
-    options = run.MeasuringOptions(config=config or SaleConfig(), menu=menu, seed=seed)
+    if config is None:
+        config = SaleConfig(sample_stride=0 if method == "paper" else SAMPLE_STRIDE)
+    options = run.MeasuringOptions(config=config, menu=menu, seed=seed)
     short = [document.name for document in documents if len(document.token_ids) <= options.config.dense_rows]
     if short:
         raise ValueError(f"too short to calibrate on (up to {options.config.dense_rows} tokens): {', '.join(short)}")

@@ -59,6 +59,10 @@ class Recorder(AttentionBackend):
         """As the backend."""
         return self.backend.sink_local_lse(query, kv, centre, grid, scale)
 
+    def add_sampled(self, *arguments: Any) -> None:
+        """As the backend."""
+        self.backend.add_sampled(*arguments)
+
     def key_centre(self, kv: KvView, config: SaleConfig) -> Tensor:
         """As the backend."""
         return self.backend.key_centre(kv, config)

@@ -156,6 +156,26 @@ VALUES = [
     Case(4, 16380, 1, tau=(1e-30,), inputs="faint"),
 ]
 
+SAMPLED_SMALL = replace(SMALL, sample_stride=32)
+#: Thresholds relative to a sample of the whole row: strides, pages, blocks of 128, more than 32 sampled keys, one.
+SAMPLED = [
+    Case(300, 1900, 6, 2, tau=(TAU, 0.1, math.inf, TAU, 0.0), stride=(1, 2, 4), config=SAMPLED_SMALL),
+    Case(200, 4100, 4, 2, 128, batch=2, config=SAMPLED_SMALL, stride=(2, 1), page_tokens=96, code_page_tokens=96),
+    Case(70, 290, batch=2, config=SAMPLED_SMALL, code_page_tokens=32, transposed_table=True, token_major=True),
+    Case(260, 1001, 4, 1, tau=(TAU,), stride=(4, 2), prompt_end=4000, config=SAMPLED_SMALL, dtype=torch.float16),
+    Case(257, 1500, 3, 1, 128, config=replace(SMALL, query_block=128, dense_rows=128, sample_stride=64)),
+    Case(130, 900, config=replace(SMALL, sink_tokens=96, sample_stride=160), dtype=torch.float32),
+    Case(33, 7000, 2, 1, 64, config=replace(SMALL, sample_stride=32), inputs="peaked", page_tokens=64),
+    Case(
+        150,
+        150,
+        config=replace(SMALL, sink_tokens=0, local_tokens=0, sample_stride=32),
+        inputs="blank",
+        dtype=torch.float32,
+    ),
+    Case(2, 1001, 2, 1, stride=(4, 2), prompt_end=4096, config=SAMPLED_SMALL),
+]
+
 #: What a backend may decline.
 OPTIONAL = [
     Case(130, 301, 3, 1, 64, config=FOUR_BIT, stride=(1, 2, 4)),
@@ -171,7 +191,7 @@ SIZES = [
     Case(97, 300, head_dim=64, value_dim=96, dtype=torch.float32, page_tokens=32, code_page_tokens=32),
 ]
 
-QUICK = [*EDGES, *HEADS, *LAYOUTS, *POLICIES, *EXTREMES, *VALUES, *OPTIONAL]
+QUICK = [*EDGES, *HEADS, *LAYOUTS, *POLICIES, *EXTREMES, *VALUES, *OPTIONAL, *SAMPLED[:3]]
 SLOW = [
     *ALL_EDGES,
     *ALL_HEADS,
@@ -187,6 +207,7 @@ END_TO_END = [
     Case(2200, 300, 6, 2, 64, tau=(TAU, TAU, 0.1), stride=(1, 2)),
     Case(700, 1300, 2, 1, 128, dtype=torch.float16, page_tokens=64, code_page_tokens=64),
     Case(600, 900, 3, 1, 96, dtype=torch.float32, token_major=True),
+    Case(700, 1300, 2, 1, 128, config=SAMPLED_SMALL, stride=(1, 2)),
 ]
 END_TO_END_SLOW = [
     *END_TO_END,
@@ -202,6 +223,7 @@ CHUNKS = [
     Case(530, 229, 3, 1, 128, dtype=torch.float32, page_tokens=96),
     # No head is dense, so short rows may be computed along with the others.
     Case(430, 100, 2, 1, 128, config=replace(SMALL, query_block=128, dense_rows=256), page_tokens=96, stride=(1, 2)),
+    Case(1400, 0, 3, 1, 64, config=SAMPLED_SMALL, tau=(TAU, 0.1, 0.0), stride=(1, 2, 4)),
 ]
 CHUNKS_SLOW = [
     Case(2500, 0, 6, 2, 96, stride=(4, 2, 1), dtype=torch.float16, config=SaleConfig(query_block=128)),
@@ -214,6 +236,7 @@ PROFILES = CHUNKS
 PROFILES_SLOW = [Case(1500, 300, 8, 2, 128, batch=2, tau=(TAU, 0.1, 0.0, math.inf, 0.005), stride=(1, 2, 4))]
 
 THREADS = [
+    Case(130, 1400, 6, 2, 64, config=SAMPLED_SMALL, stride=(1, 2)),
     Case(130, 200, 6, 2, 64, tau=(0.0, TAU, math.inf, TAU), batch=2),
     Case(97, 205, 2, 2, 128, dtype=torch.float32, page_tokens=64, code_page_tokens=64),
 ]
@@ -231,6 +254,6 @@ RAGGED_LARGE_PAGES = [
 
 NON_FINITE = [
     Case(500, 0, 2, 1),
-    Case(200, 250, 3, 1, 128, dtype=torch.float32, page_tokens=64),
+    Case(200, 250, 3, 1, 128, dtype=torch.float32, page_tokens=64, config=SAMPLED_SMALL),
     Case(200, 250, 2, 2, 96, dtype=torch.float16),
 ]

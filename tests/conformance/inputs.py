@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sale_attention import BlockGrid, HeadPlan, KeyCodes, KvView, LayerPolicy, QueryCodes, Selection
 from sale_attention.quantise import default_key_centre, quantise_key, quantise_query, query_block_means
+from sale_attention.sampled import add_sampled, sampled_positions
 from sale_attention.select import select_blocks
 from sale_attention.sink_local import row_thresholds, sink_local_log_sum_exp
 from tests.conformance.cases import Case
@@ -190,6 +191,8 @@ class Problem:
     def thresholds(self) -> Tensor:
         """By row, from the reference's log-sum-exp."""
         lse = sink_local_log_sum_exp(self.query, self.kv, self.centre, self.grid, self.scale)
+        if self.case.config.sample_stride:
+            add_sampled(lse, self.query_codes, self.key_codes, self.grid, self.case.config.sample_stride, self.scale)
         return row_thresholds(lse, self.query_codes, self.policy.log_tau(), self.scale)
 
     @cached_property
@@ -204,6 +207,23 @@ class Problem:
         mask = torch.from_numpy(attended(nothing.numpy(), self.case, self.case.config))
         centred = KvView(self.kv.keys.double() - self.centre.double().unsqueeze(2), self.kv.values.double())
         return exact_attention(self.query, centred, mask, self.scale)[1]
+
+    @cached_property
+    def sampled_lse(self) -> Tensor:
+        """`sink_local_lse` with the sample, of the reference's codes, in float64 `[B, H, Nq]`."""
+        result = self.sink_local_lse.clone()
+        group, stride = self.case.heads // self.case.kv_heads, self.case.config.sample_stride
+        keys = (
+            self.key_codes.codes.double()
+            * self.key_codes.scales.double().repeat_interleave(32, 2)[:, :, : self.case.tokens, None]
+        )
+        scores = self.query_codes.codes.double() @ keys.repeat_interleave(group, dim=1).transpose(2, 3)
+        scores *= self.query_codes.scales.double().unsqueeze(3) * self.scale
+        for index in range(self.grid.query_blocks):
+            rows, chosen = slice(*self.grid.rows(index)), list(sampled_positions(self.grid, index, stride))
+            far = scores[:, :, rows, chosen].logsumexp(dim=-1) + math.log(stride)
+            result[:, :, rows] = torch.logaddexp(result[:, :, rows], far)
+        return result
 
     @cached_property
     def selected(self) -> Attention:

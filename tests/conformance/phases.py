@@ -122,6 +122,30 @@ def check_sink_local_lse(backend: AttentionBackend, case: Case, device: str = "c
     require_lse(where(backend, case), "the sink-local log-sum-exp", lse, inputs.sink_local_lse)
 
 
+def check_sampled_lse(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
+    """What a sample adds to the sink-local log-sum-exp of rows that vote, against float64."""
+    inputs, stride = problem(case), case.config.sample_stride
+    lse = inputs.sink_local_lse.float().to(device)
+    codes = inputs.query_codes
+    backend.add_sampled(
+        lse,
+        QueryCodes(codes.codes.to(device), codes.scales.to(device)),
+        moved_key_codes(written_key_codes(inputs, inputs.key_codes), device),
+        inputs.plan,
+        inputs.grid,
+        stride,
+        inputs.scale,
+    )
+    voters = torch.zeros(lse.shape[1:], dtype=torch.bool)
+    for head, head_stride in enumerate(inputs.plan.strides):
+        for index in range(inputs.grid.query_blocks if head_stride else 0):
+            voters[head, list(voting_rows(inputs.grid, inputs.plan, head_stride, index))] = True
+    expected = inputs.sampled_lse
+    require_lse(
+        where(backend, case), "the sampled log-sum-exp", torch.where(voters, lse.cpu(), expected.float()), expected
+    )
+
+
 def check_selection(backend: AttentionBackend, case: Case, device: str = "cpu") -> None:
     """From the same codes, scales and thresholds, the same mask bit for bit."""
     inputs = problem(case)
@@ -346,6 +370,8 @@ def check_phases(backend: AttentionBackend, case: Case, device: str = "cpu") -> 
     check_query_codes(backend, case, device)
     check_key_codes(backend, case, device)
     check_sink_local_lse(backend, case, device)
+    if case.config.sample_stride:
+        check_sampled_lse(backend, case, device)
     check_selection(backend, case, device)
     if case.config.code_bits == 8:
         check_selection_of_extreme_codes(backend, case, device)

@@ -95,6 +95,8 @@ def _run_phases(
     backend.quantise_key_range(kv, config, 0, key_codes)
     query_codes = backend.quantise_query(query, grid, config)
     lse = backend.sink_local_lse(query, kv, inputs.centre.to(device), grid, scale)
+    if config.sample_stride:
+        backend.add_sampled(lse, query_codes, key_codes, inputs.plan, grid, config.sample_stride, scale)
     thresholds = row_thresholds(lse, query_codes, inputs.policy.log_tau(), scale)
     selection = backend.select(query_codes, key_codes, thresholds, inputs.plan, grid, kv)
     results = GuardedResults(inputs, device)

@@ -108,7 +108,7 @@ def test_the_key_centre_is_that_of_the_reference(subject: Subject, case: Case) -
     kit.check_key_centre(subject.backend, subject.takes(case), subject.device)
 
 
-@grid([*cases.EDGES, *cases.HEADS, *cases.LAYOUTS, *cases.POLICIES, *cases.EXTREMES], cases.ALL_HEADS)
+@grid([*cases.EDGES, *cases.HEADS, *cases.LAYOUTS, *cases.POLICIES, *cases.EXTREMES, *cases.SAMPLED], cases.ALL_HEADS)
 def test_a_layer_as_a_whole_has_the_bits_of_its_phases(subject: Subject, case: Case) -> None:
     kit.check_layer(subject.backend, subject.takes(case), subject.device)
 
@@ -121,6 +121,11 @@ def test_key_codes_are_those_of_the_reference(subject: Subject, case: Case) -> N
 @grid(cases.QUICK, cases.SLOW)
 def test_sink_local_log_sum_exp_is_that_of_float64(subject: Subject, case: Case) -> None:
     kit.check_sink_local_lse(subject.backend, subject.takes(case), subject.device)
+
+
+@grid(cases.SAMPLED, [])
+def test_a_sample_of_the_keys_between_counts_as_in_float64(subject: Subject, case: Case) -> None:
+    kit.check_sampled_lse(subject.backend, subject.takes(case), subject.device)
 
 
 @grid(cases.QUICK, cases.SLOW)
@@ -240,6 +245,7 @@ def random_cases(draw: st.DrawFn) -> Case:
             local_tokens=32 * draw(st.integers(0, 5)),
             dense_rows=query_block,
             centre_tokens=64,
+            sample_stride=32 * draw(st.integers(0, 3)),
         ),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
         inputs=draw(st.sampled_from(["attention", "peaked", "ties"])),

@@ -27,9 +27,11 @@ from sale_attention import (
     Selection,
     compute,
     quantise,
+    sampled,
     select,
 )
 from sale_attention.reference import ReferenceBackend
+from sale_attention.sampled import sampled_positions
 from tests.conformance import cases, kit
 from tests.conformance.cases import Case
 from tests.conformance.inputs import problem
@@ -254,6 +256,14 @@ class SinkLocalLseOff(ReferenceBackend):
 
     def sink_local_lse(self, *arguments: Any) -> Tensor:
         return super().sink_local_lse(*arguments) + 1e-2
+
+
+class ForgetsTheLastSample(ReferenceBackend):
+    """The sample ends a key early."""
+
+    def add_sampled(self, lse: Tensor, *arguments: Any) -> None:
+        with mock.patch.object(sampled, "sampled_positions", lambda *of: sampled_positions(*of)[:-1]):
+            super().add_sampled(lse, *arguments)
 
 
 class AltersResults(ReferenceBackend):
@@ -499,6 +509,7 @@ PLANTED = [
     Planted(ForgetsShortRows, kit.check_layer, PLAIN, r"outputs differ"),
     Planted(CountsOneTooMany, kit.check_layer, PLAIN, r"counts of kept blocks differ"),
     Planted(SinkLocalLseOff, kit.check_sink_local_lse, PLAIN, r"sink-local log-sum-exp of 258 of 258 rows"),
+    Planted(ForgetsTheLastSample, kit.check_sampled_lse, cases.SAMPLED[0], r"sampled log-sum-exp of \d+ of"),
     Planted(SinkLocalLseOff, kit.check_end_to_end, [cases.END_TO_END[0]], r"nats from the threshold"),
     Planted(LseOff, kit.check_compute, PLAIN, r"log-sum-exp of 258 of 258 rows"),
     Planted(LseOff, kit.check_attend_all, PLAIN, r"log-sum-exp of 258 of 258 rows"),

@@ -198,7 +198,7 @@ def test_blocks_are_those_that_the_profile_was_calibrated_with(
     profile: Profile, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    wide = replace(profile, geometry=Geometry(128, 32, 32, 512, 8))
+    wide = replace(profile, geometry=Geometry(128, 32, 32, 512, 8, 0))
     with serving(profile, tiny_model, tmp_path) as narrow, Client(narrow.target) as client:
         few = client.prefill(tokens_of(3000)).stats.layers[0].head_densities[1]
         assert "lose" not in caplog.text

@@ -1,12 +1,11 @@
 // Selection, bit-identical to `select.py` for 8-bit codes: integer products, one max per (row, 32 keys), one compare.
 //
-// Keys are packed once per call: block by block, [head_dim / codes per lane][32 keys] in 32-bit lanes. VNNI multiplies
-// unsigned by signed, so packed keys carry +128 and each sum starts at -128 * sum(query codes), which is exact.
+// Keys are packed once per call, block by block (`voting.h`).
 // One task: one KV head, one query block, 128 key blocks (four mask words). A packed block (4 KiB at head_dim 128) stays
 // in L1 while all voting rows of the group's heads pass; the query codes (8 KiB a head) stay in L1 or L2.
 #pragma once
 
-#include "common.h"
+#include "voting.h"
 
 namespace sale::cpu {
 namespace SALE_ISA {
@@ -36,8 +35,10 @@ struct Select {
     uint32_t* keys = reinterpret_cast<uint32_t*>(packed.of(0));
     auto pack = [&](int64_t task, int) {
       const int64_t block = task % key_blocks, unit = task / key_blocks;
-      pack_keys(call, unit / grid.kv_heads, unit % grid.kv_heads, grid.sink_blocks + block,
-                keys + task * lanes * kKeyBlock);
+      const int8_t* codes = token_at<int8_t>(call.key_codes, unit / grid.kv_heads, unit % grid.kv_heads,
+                                             (grid.sink_blocks + block) * kKeyBlock);
+      for (int64_t key = 0; key < kKeyBlock; ++key)
+        pack_key<S>(codes + key * call.key_codes.token_stride, grid.head_dim, keys + task * lanes * kKeyBlock + key);
     };
     for_each_task(grid.threads, grid.batch * grid.kv_heads * key_blocks, pack);
 
@@ -54,63 +55,19 @@ struct Select {
 
  private:
   struct HeadRows {
-    uint32_t* codes;  // [rows][lanes]
-    int32_t* starts;  // [rows]
+    Voters<S> voters;
     float* thresholds;
-    int rows;
     uint32_t* words;
   };
 
-  static void pack_keys(const SaleSelect& call, int64_t batch, int64_t kv_head, int64_t block, uint32_t* out) {
-    const int64_t dim = call.grid.head_dim;
-    const int8_t* source = token_at<int8_t>(call.key_codes, batch, kv_head, block * kKeyBlock);
-    const int64_t stride = call.key_codes.token_stride;
-    if constexpr (kPerLane == 4) {
-      for (int64_t key = 0; key < kKeyBlock; ++key)
-        for (int64_t c = 0; c < dim / 4; ++c)
-          out[c * kKeyBlock + key] = static_cast<uint32_t>(load32(source + key * stride + 4 * c)) ^ 0x80808080u;
-    } else {
-      for (int64_t key = 0; key < kKeyBlock; ++key)
-        for (int64_t c = 0; c < dim / 2; ++c) out[c * kKeyBlock + key] = widened(source + key * stride + 2 * c);
-    }
-  }
-
-  static uint32_t widened(const int8_t* two) {
-    const int16_t both[2] = {two[0], two[1]};
-    return static_cast<uint32_t>(load32(both));
-  }
-
-  // Codes, starting sums and thresholds of a head's voting rows in one query block; the last row fills up the tile.
   static HeadRows gather(const SaleSelect& call, const Blocks& blocks, int64_t batch, int64_t head, int64_t index,
                          Carver& carver) {
-    const int64_t dim = call.grid.head_dim, lanes = dim / kPerLane;
-    const int64_t begin = blocks.row_begin(index), end = blocks.row_end(index);
-    int64_t step = call.strides[head], first = begin;
-    if (blocks.block_start(index) >= call.unstrided_from) {
-      step = 1;
-    } else {
-      first = begin + (step - (blocks.offset + begin) % step) % step;
-      if (first >= end) first = begin, step = 1;
-    }
-    const int64_t votes = ceil_div(end - first, step), rows = ceil_div(votes, S::kSelectRows) * S::kSelectRows;
-    HeadRows result{carver.take<uint32_t>(rows * lanes), carver.take<int32_t>(rows), carver.take<float>(rows),
-                    static_cast<int>(rows),
+    const Votes votes(blocks, call.strides[head], call.unstrided_from, index);
+    const auto voters = Voters<S>::gather(call.grid, call.query_codes, votes, batch, head, carver);
+    HeadRows result{voters, carver.take<float>(voters.rows),
                     call.words + ((batch * call.grid.heads + head) * blocks.query_blocks + index) * call.mask_words};
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = flat_row(call.grid, batch, head, first + std::min(i, votes - 1) * step);
-      const int8_t* codes = call.query_codes + at * dim;
-      uint32_t* out = result.codes + i * lanes;
-      result.thresholds[i] = call.thresholds[at];
-      result.starts[i] = 0;
-      if constexpr (kPerLane == 4) {
-        std::memcpy(out, codes, static_cast<size_t>(dim));
-        int32_t sum = 0;
-        for (int64_t c = 0; c < dim; ++c) sum += codes[c];
-        result.starts[i] = -128 * sum;
-      } else {
-        for (int64_t c = 0; c < lanes; ++c) out[c] = widened(codes + 2 * c);
-      }
-    }
+    for (int64_t i = 0; i < voters.rows; ++i)
+      result.thresholds[i] = call.thresholds[flat_row(call.grid, batch, head, votes.row(i))];
     return result;
   }
 
@@ -137,9 +94,9 @@ struct Select {
   }
 
   static bool keeps(const HeadRows& head, const uint32_t* keys, int lanes, float scale) {
-    for (int row = 0; row < head.rows; row += S::kSelectRows)
-      if (rows_keep(head.codes + static_cast<int64_t>(row) * lanes, head.starts + row, head.thresholds + row, keys, lanes,
-                    S::set1(scale)))
+    for (int row = 0; row < head.voters.rows; row += S::kSelectRows)
+      if (rows_keep(head.voters.codes + static_cast<int64_t>(row) * lanes, head.voters.starts + row,
+                    head.thresholds + row, keys, lanes, S::set1(scale)))
         return true;
     return false;
   }
@@ -148,21 +105,7 @@ struct Select {
                         int lanes, F scale) {
     constexpr int kRows = S::kSelectRows;
     I sum[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = S::set1_i(starts[r]);
-    for (int c = 0; c < lanes; ++c, keys += kKeyBlock) {
-      I key[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) key[v] = S::load_i(keys + v * S::kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const I query = S::set1_i(load32(codes + r * lanes + c));
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = S::dot_codes(sum[r][v], key[v], query);
-      }
-    }
+    multiply_codes<S>(codes, starts, keys, lanes, sum);
     typename S::M kept = S::nowhere();
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {

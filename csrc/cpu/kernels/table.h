@@ -4,6 +4,7 @@
 #include "../kernel_table.h"
 #include "attend.h"
 #include "quantise.h"
+#include "sampled.h"
 #include "select.h"
 #include "sink_local.h"
 
@@ -21,7 +22,7 @@ int32_t attend(const SaleAttend& call) {
 
 template <class S>
 constexpr KernelTable kernel_table() {
-  return {Quantise<S>::query, Quantise<S>::key, SinkLocal<S>::run, Select<S>::run, attend<S>};
+  return {Quantise<S>::query, Quantise<S>::key, SinkLocal<S>::run, Sampled<S>::run, Select<S>::run, attend<S>};
 }
 
 }  // namespace SALE_ISA

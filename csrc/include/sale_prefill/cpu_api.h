@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define SALE_CPU_ABI 1
+#define SALE_CPU_ABI 2
 
 extern "C" {
 
@@ -76,6 +76,19 @@ struct SaleSinkLocal {
   float scale;
 };
 
+struct SaleSampled {
+  SaleGrid grid;
+  const int8_t* query_codes;   // [batch, heads, rows, head_dim]
+  const float* query_scales;   // [batch, heads, rows]
+  SaleTokens key_codes;        // int8
+  SaleTokens key_scales;       // as in SaleQuantiseKey
+  const int32_t* strides;      // as in SaleSelect; rows that do not vote are left as they are
+  int64_t unstrided_from;
+  int64_t sample_stride;       // tokens, a multiple of 32
+  float* lse;                  // [batch, heads, rows], in: of sink and local keys, out: with the sample
+  float scale;
+};
+
 struct SaleSelect {
   SaleGrid grid;
   const int8_t* query_codes;   // [batch, heads, rows, head_dim]
@@ -113,6 +126,7 @@ int32_t sale_cpu_supports(int32_t isa);
 int32_t sale_cpu_quantise_query(int32_t isa, const SaleQuantiseQuery* call);
 int32_t sale_cpu_quantise_key(int32_t isa, const SaleQuantiseKey* call);
 int32_t sale_cpu_sink_local(int32_t isa, const SaleSinkLocal* call);
+int32_t sale_cpu_sampled(int32_t isa, const SaleSampled* call);
 int32_t sale_cpu_select(int32_t isa, const SaleSelect* call);
 int32_t sale_cpu_attend(int32_t isa, const SaleAttend* call);
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define SALE_CUDA_ABI 5
+#define SALE_CUDA_ABI 6
 
 extern "C" {
 
@@ -74,6 +74,22 @@ struct SaleCudaQueryRows {
   float* scales;
   float* lse;
   float* thresholds;
+  float scale;
+};
+
+// Adds a sample of the keys between sink and local ones to the sums of rows that vote (`sampled.py`).
+struct SaleCudaSampled {
+  SaleCudaGrid grid;
+  const int8_t* query_codes;
+  const float* query_scales;  // [batch, heads, rows]
+  SaleCudaTokens key_codes;
+  SaleCudaTokens key_scales;
+  const int32_t* strides;  // as in SaleCudaSelect
+  int64_t unstrided_from;
+  int64_t sample_stride;  // tokens, a multiple of 32
+  float* lse;             // [batch, heads, rows], in: of sink and local keys, out: with the sample
+  const float* log_tau;   // device, [heads]; for thresholds
+  float* thresholds;      // [batch, heads, rows]; null: not wanted
   float scale;
 };
 
@@ -152,6 +168,9 @@ struct SaleCudaLayer {
   int8_t* query_codes;  // scratch [batch, heads, rows from dense_until on, head_dim]
   float* thresholds;    // scratch [batch, heads, those rows]
   uint32_t* words;      // scratch [batch, heads, their query blocks, mask_words]
+  float* query_scales;  // scratch as thresholds, and row_lse: with sample_stride only
+  float* row_lse;
+  int64_t sample_stride;  // 0: thresholds are relative to sink and local keys alone
   int32_t* next_work;   // as in SaleCudaAttend
   int64_t mask_words;
   int64_t* kept;  // [heads], kept blocks are added; null: not wanted
@@ -176,6 +195,7 @@ int32_t sale_cuda_abi();
 int32_t sale_cuda_key_centre(const SaleCudaKeyCentre* call, void* stream);
 int32_t sale_cuda_quantise_key(const SaleCudaQuantiseKey* call, void* stream);
 int32_t sale_cuda_query_rows(const SaleCudaQueryRows* call, void* stream);
+int32_t sale_cuda_sampled(const SaleCudaSampled* call, void* stream);
 int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream);
 int32_t sale_cuda_attend(const SaleCudaAttend* call, void* stream);
 int32_t sale_cuda_count_blocks(const SaleCudaCountBlocks* call, void* stream);

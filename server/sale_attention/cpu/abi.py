@@ -8,7 +8,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 
 
@@ -96,6 +96,23 @@ class SinkLocal(ctypes.Structure):
     ]
 
 
+class Sampled(ctypes.Structure):
+    """SaleSampled."""
+
+    _fields_ = [
+        ("grid", Grid),
+        ("query_codes", c_void_p),
+        ("query_scales", c_void_p),
+        ("key_codes", Tokens),
+        ("key_scales", Tokens),
+        ("strides", c_void_p),
+        ("unstrided_from", c_int64),
+        ("sample_stride", c_int64),
+        ("lse", c_void_p),
+        ("scale", c_float),
+    ]
+
+
 class Select(ctypes.Structure):
     """SaleSelect."""
 
@@ -135,6 +152,7 @@ CALLS: dict[str, type[ctypes.Structure]] = {
     "quantise_query": QuantiseQuery,
     "quantise_key": QuantiseKey,
     "sink_local": SinkLocal,
+    "sampled": Sampled,
     "select": Select,
     "attend": Attend,
 }

@@ -122,6 +122,36 @@ class CpuBackend(ReferenceBackend):
         kernels.call("sink_local", call)
         return lse
 
+    def add_sampled(
+        self,
+        lse: Tensor,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        sample_stride: int,
+        scale: float,
+    ) -> None:
+        """See `sampled.add_sampled`."""
+        codes, scales = query_codes.codes.contiguous(), query_codes.scales.contiguous()
+        kernels = self._native(codes.shape[3], dtype=torch.float32, scale=scale)
+        if kernels is None:
+            super().add_sampled(lse, query_codes, key_codes, plan, grid, sample_stride, scale)
+            return
+        strides = torch.tensor(plan.strides, dtype=torch.int32)
+        call = abi.Sampled(
+            _code_grid(codes, grid, key_codes),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            *_code_tokens(key_codes),
+            strides.data_ptr(),
+            plan.unstrided_from,
+            sample_stride,
+            lse.data_ptr(),
+            scale,
+        )
+        kernels.call("sampled", call)
+
     def select(
         self,
         query_codes: QueryCodes,
@@ -233,6 +263,13 @@ def _grid(query: Tensor, grid: BlockGrid, kv: KvView | None = None) -> abi.Grid:
         head_dim if kv is None else kv.value_dim,
         torch.get_num_threads(),
     )
+
+
+def _code_grid(codes: Tensor, grid: BlockGrid, key_codes: KeyCodes) -> abi.Grid:
+    """Where only codes are looked at."""
+    call = _grid(codes, grid)
+    call.kv_heads = key_codes.codes.shape[1]
+    return call
 
 
 def _key_grid(kv: KvView) -> abi.Grid:

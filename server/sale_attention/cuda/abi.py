@@ -11,7 +11,7 @@ import struct
 import torch
 from torch import Tensor
 
-ABI = 5
+ABI = 6
 
 #: SaleCudaDtype.
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -31,10 +31,11 @@ CALLS = {
     "key_centre": _layout(_GRID, _TOKENS, "P q"),
     "quantise_key": _layout(_GRID, _TOKENS, _TOKENS, _TOKENS, "P q"),
     "query_rows": _layout(_GRID, _ROWS, _TOKENS, "6P f"),
+    "sampled": _layout(_GRID, "2P", _TOKENS, _TOKENS, "P 2q 3P f"),
     "select": _layout(_GRID, "P", _TOKENS, _TOKENS, "2P q P q"),
     "attend": _layout(_GRID, _ROWS, _TOKENS, _TOKENS, "P 2q P", _ROWS, "P 2q f P"),
     "count_blocks": _layout("2P q 2i"),
-    "layer": _layout(_GRID, _ROWS, _ROWS, *4 * (_TOKENS,), "P 3q 3P q 4P q 2P 2q f 5P"),
+    "layer": _layout(_GRID, _ROWS, _ROWS, *4 * (_TOKENS,), "P 3q 3P q 5P q P q 2P 2q f 5P"),
     "quantise_query_4bit": _layout(_GRID, _ROWS, "3P"),
     "quantise_key_4bit": _layout(_GRID, _TOKENS, _TOKENS, _TOKENS, "P q"),
     "select_4bit": _layout(_GRID, "3P", _TOKENS, _TOKENS, _TOKENS, "3P q P q"),

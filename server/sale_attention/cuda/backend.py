@@ -112,19 +112,43 @@ class CudaBackend(ReferenceBackend):
         self,
         query: Tensor,
         kv: KvView,
-        centre: Tensor,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
         grid: BlockGrid,
         config: SaleConfig,
         log_tau: Tensor,
         scale: float,
     ) -> tuple[QueryCodes, Tensor]:
-        """Codes and thresholds in one pass over the queries."""
+        """Codes, sums and thresholds in one pass over the queries, a sample in another."""
         native = self._native(query, kv.head_dim, kv.head_dim, query.dtype, scale)
         if native is None or config.code_bits != 8:
-            return super().prepare_rows(query, kv, centre, grid, config, log_tau, scale)
-        thresholds = torch.empty(query.shape[:3], device=query.device)
-        codes = _query_rows(native, query, grid, kv, centre, scale, log_tau=log_tau, thresholds=thresholds)
+            return super().prepare_rows(query, kv, key_codes, plan, grid, config, log_tau, scale)
+        thresholds, centre = torch.empty(query.shape[:3], device=query.device), key_codes.centre
+        if not config.sample_stride:
+            codes = _query_rows(native, query, grid, kv, centre, scale, log_tau=log_tau, thresholds=thresholds)
+            return codes, thresholds
+        lse = torch.empty(query.shape[:3], device=query.device)
+        codes = _query_rows(native, query, grid, kv, centre, scale, lse=lse)
+        _add_sampled(native, lse, codes, key_codes, plan, grid, config.sample_stride, scale, log_tau, thresholds)
         return codes, thresholds
+
+    def add_sampled(
+        self,
+        lse: Tensor,
+        query_codes: QueryCodes,
+        key_codes: KeyCodes,
+        plan: HeadPlan,
+        grid: BlockGrid,
+        sample_stride: int,
+        scale: float,
+    ) -> None:
+        """See `sampled.add_sampled`; rows that do not vote are left as they are."""
+        codes = query_codes.codes
+        native = self._native(codes, codes.shape[3], codes.shape[3], torch.bfloat16, scale)
+        if native is None:
+            super().add_sampled(lse, query_codes, key_codes, plan, grid, sample_stride, scale)
+            return
+        _add_sampled(native, lse, query_codes, key_codes, plan, grid, sample_stride, scale)
 
     def select(
         self,
@@ -251,6 +275,40 @@ def _query_rows(
     return result
 
 
+def _add_sampled(
+    native: ctypes.CDLL,
+    lse: Tensor,
+    query_codes: QueryCodes,
+    key_codes: KeyCodes,
+    plan: HeadPlan,
+    grid: BlockGrid,
+    sample_stride: int,
+    scale: float,
+    log_tau: Tensor | None = None,
+    thresholds: Tensor | None = None,
+) -> None:
+    """Into `lse`, and `thresholds` where they are wanted, of rows that vote."""
+    codes, scales = query_codes.codes.contiguous(), query_codes.scales.contiguous()
+    strides = _strides(plan.strides)
+    batch, heads = codes.shape[:2]
+    kv_heads = key_codes.codes.shape[1]
+    call = (
+        *(batch, heads, kv_heads),
+        *_grid(codes, grid)[3:],
+        codes.data_ptr(),
+        scales.data_ptr(),
+        *_code_tokens(key_codes, grid.key_tokens),
+        ctypes.addressof(strides),
+        plan.unstrided_from,
+        sample_stride,
+        lse.data_ptr(),
+        abi.pointer(log_tau),
+        abi.pointer(thresholds),
+        scale,
+    )
+    library.call(native, "sampled", call, codes.device)
+
+
 def _centred_rows(native: ctypes.CDLL, query: Tensor, grid: BlockGrid) -> QueryCodes:
     """4-bit codes of rows less their query block's mean."""
     query = _aligned(query)
@@ -304,6 +362,9 @@ def _attend_layer(native: ctypes.CDLL, call: LayerCall, events: Sequence[int]) -
     query_codes = scratch.reserve(batch * heads * rows * head_dim)
     thresholds = scratch.reserve(batch * heads * rows * 4)
     words = scratch.reserve(batch * heads * grid.query_blocks * grid.mask_words * 4)
+    sample_stride = call.config.sample_stride
+    row_sums = 2 * [batch * heads * rows * 4 if sample_stride else 0]
+    query_scales, row_lse = (scratch.reserve(size) for size in row_sums)
     held = torch.empty(scratch.size, dtype=torch.uint8, device=query.device)  # holds the memory until all is launched
     start, counter = held.data_ptr(), library.work_counter(query.device)
     codes, plan, lse = call.keys.codes, call.plan, call.lse
@@ -326,6 +387,9 @@ def _attend_layer(native: ctypes.CDLL, call: LayerCall, events: Sequence[int]) -
         start + query_codes,
         start + thresholds,
         start + words,
+        start + query_scales,
+        start + row_lse,
+        sample_stride,
         counter.data_ptr(),
         grid.mask_words,
         abi.pointer(call.kept),

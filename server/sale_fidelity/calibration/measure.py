@@ -15,6 +15,7 @@ from torch import Tensor
 from sale_attention import BlockGrid, KvView, SaleConfig
 from sale_attention.config import HeadPlan
 from sale_attention.quantise import quantise_key, quantise_query
+from sale_attention.sampled import add_sampled
 from sale_attention.select import block_estimates, voting_rows
 from sale_attention.sink_local import row_thresholds, sink_local_log_sum_exp
 
@@ -177,6 +178,8 @@ class _Layer:
         rows = BlockGrid.of(end - start, end, self.config)
         codes = quantise_query(query, rows, self.config)
         sums = sink_local_log_sum_exp(query, kv, self.centre, rows, self.capture.scale)
+        if self.config.sample_stride:
+            add_sampled(sums, codes, self.codes, rows, self.config.sample_stride, self.capture.scale)
         thresholds = []
         for tau in self.menu.taus:
             log_tau = torch.full((self.heads,), tau, dtype=torch.float64).log().to(torch.float32)

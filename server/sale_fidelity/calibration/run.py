@@ -25,7 +25,7 @@ from .state import CalibrationState
 from .texts import Document
 
 # Raised whenever the same inputs give other results, so that states of older code are not taken up.
-_CODE_VERSION = 1
+_CODE_VERSION = 2
 #: Query blocks a document and layer that settings are measured on; 16 give 1,024 rows.
 SAMPLED_BLOCKS = 16
 # Documents sample different places of their stretches: multiples of the golden ratio spread evenly.

@@ -185,6 +185,6 @@ def _selected(capture: LayerCapture, setting: EvaluationSetting, config: SaleCon
     grid = BlockGrid.of(query.shape[2], tokens, config)
     key_codes = LayerState().update(kv, policy, config, backend)
     log_tau = policy.log_tau(query.device)
-    codes, thresholds = backend.prepare_rows(query, kv, key_codes.centre, grid, config, log_tau, capture.scale)
     plan = HeadPlan.resolve(policy, config, tokens)
+    codes, thresholds = backend.prepare_rows(query, kv, key_codes, plan, grid, config, log_tau, capture.scale)
     return backend.select(codes, key_codes, thresholds, plan, grid, kv).mask()[0].cpu()

@@ -6,7 +6,7 @@ the knob of a density; `errors.BlockSample` what the outputs then miss. For meas
 
 from .cost import EstimationCost
 from .flexprefill import FlexPrefill
-from .methods import SALE, SALE_SAMPLED, Method, methods
+from .methods import SALE, SALE_PAPER, Method, methods
 from .minference import VerticalSlash
 from .rule import QUERY_BLOCK, DensityCurve, Head, Levels, SelectionRule, solve_shared
 from .sale import Sale
@@ -17,7 +17,7 @@ from .xattention import XAttention
 __all__ = [
     "QUERY_BLOCK",
     "SALE",
-    "SALE_SAMPLED",
+    "SALE_PAPER",
     "DensityCurve",
     "EstimationCost",
     "FlexPrefill",

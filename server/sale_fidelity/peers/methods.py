@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sale_attention import SaleConfig
+
 from .flexprefill import FlexPrefill
 from .minference import SPLITS, VerticalSlash
 from .rule import SelectionRule
@@ -12,9 +14,11 @@ from .spargeattn import SIMILARITIES, SpargeAttn
 from .streaming import StreamingLlm
 from .xattention import XAttention
 
-#: Families: thresholds relative to the sink-local sum (the paper's), or to a sampled estimate of the whole sum.
+#: Families: thresholds relative to a sample of a row's whole sum, as calibration makes them, or to the sum over sink
+#: and local keys alone, as in the paper.
 SALE = "SALE"
-SALE_SAMPLED = "SALE sampled"
+SALE_PAPER = "SALE, paper's threshold"
+_PAPER = SaleConfig()
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,9 @@ def methods() -> tuple[Method, ...]:
         Method("SALE", (Sale(1),), SALE),
         Method("SALE stride 2", (Sale(2),), SALE),
         Method("SALE stride 4", (Sale(4),), SALE),
-        # Not in the library: what a better reference for the threshold would give.
-        Method("SALE sampled", (Sale(1, sampled_every=16),), SALE_SAMPLED),
-        Method("SALE sampled, stride 2", (Sale(2, sampled_every=16),), SALE_SAMPLED),
-        Method("SALE sampled, stride 4", (Sale(4, sampled_every=16),), SALE_SAMPLED),
+        Method("SALE, paper's threshold", (Sale(1, _PAPER),), SALE_PAPER),
+        Method("SALE, paper's, stride 2", (Sale(2, _PAPER),), SALE_PAPER),
+        Method("SALE, paper's, stride 4", (Sale(4, _PAPER),), SALE_PAPER),
         Method("MInference", tuple(VerticalSlash(split) for split in SPLITS)),
         Method("FlexPrefill", (FlexPrefill(),)),
         Method("XAttention S=8", (XAttention(8),)),

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from sale_attention import BlockGrid, HeadPlan, KeyCodes, KvView, LayerPolicy, QueryCodes, SaleConfig
 from sale_attention.quantise import default_key_centre, quantise_key, quantise_query
+from sale_attention.sampled import add_sampled
 from sale_attention.select import code_products, voting_rows
 from sale_attention.sink_local import row_thresholds
 
+from ..calibration.menu import SAMPLE_STRIDE
 from .cost import EstimationCost, causal_pairs
 from .rule import ALWAYS, NEVER, QUERY_BLOCK, Head, Levels
 
 # Rows whose products with all keys are made at a time: 32 MiB of int32 at 32K.
 _PIECE_ROWS = 256
-_SAMPLED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,19 @@ class Sale:
     estimation answers for all thresholds; `Levels.kept(-ln tau)` is what `select_blocks` keeps at tau, but for scores
     within float32 rounding of it.
 
-    With `sampled_every` n, which the library does not have, a row's threshold is relative not to its sink-local sum L
-    alone but to an estimate of its whole sum: every n-th key between sink and local ones, weighted by n, is added. The
-    paper's L says little about a row whose mass is far away, and then its threshold is too low.
+    As calibrated profiles have it, thresholds are relative to a sample of the whole row (`sale_attention.sampled`);
+    with `config.sample_stride` 0 they are the paper's, relative to sink and local keys.
     """
 
     query_stride: int = 1
-    sampled_every: int = 0
-    config: SaleConfig = field(default_factory=SaleConfig)
+    config: SaleConfig = field(default_factory=lambda: SaleConfig(sample_stride=SAMPLE_STRIDE))
     name: str = "SALE"
 
     @property
     def setting(self) -> str:
-        """The query stride, and how the whole sum is sampled."""
-        return f"stride {self.query_stride}" + (f", sampled {self.sampled_every}" if self.sampled_every else "")
+        """The query stride, and what thresholds are relative to."""
+        sample = self.config.sample_stride
+        return f"stride {self.query_stride}, " + (f"1 in {sample} sampled" if sample else "sink-local")
 
     def levels(self, head: Head) -> Levels:
         """Minus the logarithm of each block's largest Relative Attention Score."""
@@ -57,11 +57,10 @@ class Sale:
         grid = BlockGrid.of(query.shape[2], head.tokens, self.config)
         centre = default_key_centre(kv, self.config)
         query_codes, key_codes = quantise_query(query, grid, self.config), quantise_key(kv, centre, self.config)
-        log_sum_exp = _sink_local_log_sum_exp(head, centre[0, 0], grid)
-        if self.sampled_every:
-            far = _sampled_log_sum_exp(head, centre[0, 0], grid, self.sampled_every)
-            log_sum_exp = torch.logaddexp(log_sum_exp, far)
-        at_one = row_thresholds(log_sum_exp[None, None], query_codes, torch.zeros(1), head.scale)  # of tau = 1
+        log_sum_exp = _sink_local_log_sum_exp(head, centre[0, 0], grid)[None, None]
+        if self.config.sample_stride:
+            add_sampled(log_sum_exp, query_codes, key_codes, grid, self.config.sample_stride, head.scale)
+        at_one = row_thresholds(log_sum_exp, query_codes, torch.zeros(1), head.scale)  # of tau = 1
         values = torch.full((grid.query_blocks, grid.key_blocks), NEVER, device=query.device)
         for rows, blocks in self._pieces(grid, head.tokens):
             values[blocks] = -_log_scores(query_codes, key_codes, at_one, rows, head.scale)
@@ -91,10 +90,10 @@ class Sale:
         """Exact sink-local scores, quantising queries and keys, and 8-bit products of every `query_stride`-th row."""
         config = self.config
         local = config.sink_tokens + config.local_tokens + config.query_block / 2
-        sampled = causal_pairs(tokens) / self.sampled_every if self.sampled_every else 0.0
+        twice = 1.0 / config.sample_stride if config.sample_stride else 0.0
         return EstimationCost(
-            multiply_adds=(tokens * local + sampled) * head_dim,
-            int8_multiply_adds=causal_pairs(tokens) / self.query_stride * head_dim,
+            multiply_adds=tokens * local * head_dim,
+            int8_multiply_adds=causal_pairs(tokens) / self.query_stride * (1.0 + twice) * head_dim,
             element_operations=4.0 * tokens * head_dim,
         )
 
@@ -121,20 +120,6 @@ def _sink_local_log_sum_exp(head: Head, centre: Tensor, grid: BlockGrid) -> Tens
     future = torch.ones(block, scores.shape[-1], dtype=torch.bool, device=scores.device)
     scores.masked_fill_(future.triu_(grid.sink_tokens + local + 1), float("-inf"))
     return torch.logsumexp(scores, dim=-1).flatten()[:rows]
-
-
-def _sampled_log_sum_exp(head: Head, centre: Tensor, grid: BlockGrid, every: int) -> Tensor:
-    """Log-sum-exp over every `every`-th key between sink and local ones, plus ln(every): float32 `[rows]`."""
-    positions = torch.arange(grid.sink_tokens + every // 2, head.tokens, every, device=centre.device)
-    keys = head.keys32[positions] - centre
-    pieces = []
-    for start in range(head.first_row, head.tokens, _SAMPLED_ROWS):
-        end = min(start + _SAMPLED_ROWS, head.tokens)
-        scores = (head.query32[start:end] * head.scale) @ keys.t()
-        blocks = torch.arange(start, end, device=centre.device) // grid.query_block * grid.query_block
-        scores.masked_fill_(positions >= (blocks - grid.local_tokens).unsqueeze(1), float("-inf"))
-        pieces.append(torch.logsumexp(scores, dim=-1))
-    return torch.cat(pieces) + math.log(every)
 
 
 def _log_scores(query_codes: QueryCodes, key_codes: KeyCodes, at_one: Tensor, rows: Tensor, scale: float) -> Tensor:

@@ -87,7 +87,7 @@ def test_the_level_is_the_largest_within_the_budget(budget: float, expected: int
     ("field", "change"),
     [
         ("format", lambda data: data.update(format="something else")),
-        ("version", lambda data: data.update(version=2)),
+        ("version", lambda data: data.update(version=1)),
         ("version", lambda data: data.update(version=True)),
         ("levels[0].settings[1][3][1] (tau) = NaN", lambda data: _set(data, 1, 3, [1], math.nan)),
         ("levels[0].settings[1][3][1] (tau) = Infinity", lambda data: _set(data, 1, 3, [1], math.inf)),
@@ -195,6 +195,6 @@ def test_a_fingerprint_tells_scaled_rotary_embeddings_apart(module: torch.nn.Mod
 
 
 def test_geometry_leaves_the_query_block_to_the_backend() -> None:
-    geometry = Geometry(query_block=64, key_block=32, sink_tokens=64, local_tokens=256, code_bits=8)
+    geometry = Geometry(query_block=64, key_block=32, sink_tokens=64, local_tokens=256, code_bits=8, sample_stride=32)
     applied = geometry.applied_to(SaleConfig(query_block=128, dense_rows=2048))
-    assert applied == SaleConfig(query_block=128, sink_tokens=64, local_tokens=256, dense_rows=2048)
+    assert applied == SaleConfig(query_block=128, sink_tokens=64, local_tokens=256, dense_rows=2048, sample_stride=32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sale_attention import BlockGrid, HeadPlan, KvView, LayerPolicy, SaleConfig
 from sale_attention.quantise import default_key_centre, quantise_key, quantise_query
+from sale_attention.sampled import add_sampled
 from sale_attention.select import select_blocks
 from sale_attention.sink_local import row_thresholds, sink_local_log_sum_exp
 from sale_fidelity.peers import (
@@ -30,7 +31,7 @@ from sale_fidelity.peers.errors import BlockSample, ErrorSummary, sampled_blocks
 from sale_fidelity.peers.flexprefill import jensen_shannon_distance
 from sale_fidelity.peers.minference import diagonal_sums
 from sale_fidelity.peers.rule import block_means, cumulative_levels
-from sale_fidelity.peers.sale import _sampled_log_sum_exp, _sink_local_log_sum_exp
+from sale_fidelity.peers.sale import _sink_local_log_sum_exp
 from sale_fidelity.peers.spargeattn import self_similarity
 
 TOKENS = 2048
@@ -238,12 +239,12 @@ class TestNeedle:
 
 
 class TestSale:
-    @pytest.mark.parametrize("stride", [1, 2, 4])
-    def test_keeps_what_the_library_selects(self, stride: int) -> None:
+    @pytest.mark.parametrize(("stride", "sample_stride"), [(1, 0), (1, 32), (2, 32), (4, 64)])
+    def test_keeps_what_the_library_selects(self, stride: int, sample_stride: int) -> None:
         query, keys = noise()
         plant(query, keys, slice(1536, 1664), slice(640, 768))
-        head, config = head_of(query, keys), SaleConfig()
-        rule = Sale(stride)
+        head, config = head_of(query, keys), SaleConfig(sample_stride=sample_stride)
+        rule = Sale(stride, config)
         levels = rule.levels(head)
         knob = levels.solve(0.5)
 
@@ -253,9 +254,12 @@ class TestSale:
         codes = quantise_query(query[None, None, -rows:], grid, config)
         centre = default_key_centre(kv, config)
         lse = sink_local_log_sum_exp(query[None, None, -rows:], kv, centre, grid, head.scale)
+        key_codes = quantise_key(kv, centre, config)
+        if sample_stride:
+            add_sampled(lse, codes, key_codes, grid, sample_stride, head.scale)
         thresholds = row_thresholds(lse, codes, policy.log_tau(), head.scale)
         plan = HeadPlan.resolve(policy, config, TOKENS)
-        expected = select_blocks(codes, quantise_key(kv, centre, config), thresholds, plan, grid, kv).mask()[0, 0]
+        expected = select_blocks(codes, key_codes, thresholds, plan, grid, kv).mask()[0, 0]
 
         differing = expected != (levels.kept(knob) & (levels.values > -math.inf))
         assert int(differing.sum()) <= 1  # the block whose score is the threshold itself
@@ -269,15 +273,6 @@ class TestSale:
         centre = default_key_centre(kv, config)
         expected = sink_local_log_sum_exp(query[None, None, 512:], kv, centre, grid, head.scale)[0, 0]
         torch.testing.assert_close(_sink_local_log_sum_exp(head, centre[0, 0], grid), expected)
-
-    def test_a_sampled_sum_of_every_key_is_the_rows_whole_sum(self) -> None:
-        head, grid = head_of(*noise()), BlockGrid.of(1024, TOKENS, SaleConfig())
-        centre = torch.zeros(DIM)
-        far = _sampled_log_sum_exp(head, centre, grid, every=1)
-        near = _sink_local_log_sum_exp(head, centre, grid)
-        scores = (head.query[1024:] * head.scale) @ head.keys.t()
-        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1025), float("-inf"))
-        torch.testing.assert_close(torch.logaddexp(near, far), scores.logsumexp(dim=-1))
 
     def test_refuses_a_geometry_that_does_not_compare(self) -> None:
         with pytest.raises(ValueError, match="query blocks of 64 and 8-bit codes"):
