@@ -74,9 +74,9 @@ def _docstring_lines(source: str) -> set[int]:
     """Numbers of the lines, from 1 on, that a Python file's docstrings take up."""
     found: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                found.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            found.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return found
 
 

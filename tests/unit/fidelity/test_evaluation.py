@@ -270,7 +270,7 @@ class TestCodeHash:
     def root(self, tmp_path: Path) -> Path:
         file = tmp_path / "server" / "sale_attention" / "select.py"
         file.parent.mkdir(parents=True)
-        file.write_text("# how it is done\nkeep = score > limit\n")
+        file.write_text('"""What is kept."""\n# how it is done\nkeep = score > limit\n')
         return tmp_path
 
     def test_code_and_profile_change_it(self, root: Path) -> None:
@@ -279,7 +279,7 @@ class TestCodeHash:
         (root / "server" / "sale_attention" / "select.py").write_text("keep = score >= limit\n")
         assert before != fidelity_retrieval.code_hash("profile", root)
 
-    def test_comment_lines_do_not(self, root: Path) -> None:
+    def test_comment_lines_and_docstrings_do_not(self, root: Path) -> None:
         before = fidelity_retrieval.code_hash("profile", root)
         (root / "server" / "sale_attention" / "select.py").write_text("# better said\n\nkeep = score > limit\n")
         assert before == fidelity_retrieval.code_hash("profile", root)
