@@ -160,7 +160,7 @@ class LocalModel:
             self.model,
             KvPool(self.model.kv_shape, 2**33),
             AttentionSettings(mode, ServerConfig.threshold, ServerConfig.query_stride, self._error_budget),
-            SaleConfig(),
+            SaleConfig() if self.profile is None else self.profile.geometry.applied_to(SaleConfig()),
             chunk_tokens=chunk_tokens,
             attention_backend="auto",
             crossover=True,

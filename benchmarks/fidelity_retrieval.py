@@ -45,21 +45,26 @@ _RERUN_TOKENS = 2048
 _DENSE_NATS = 0.1
 _SALE_NATS = 0.5
 _FILES = (
-    *("server/sale_attention/**/*.py", "csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cpp", "csrc/**/*.cu"),
-    *("csrc/**/*.cuh", "server/sale_fidelity/*.py", "server/sale_fidelity/evaluation/*.py"),
+    *("server/sale_attention/**/*.py", "csrc/include/**/*.h"),
+    *("server/sale_fidelity/*.py", "server/sale_fidelity/evaluation/*.py"),
     "server/sale_fidelity/evaluation/haystack.txt",
 )
+#: Kernels of the device that made the result; that others select the same is the conformance kit's to show, and twenty
+#: items are run again on the device at hand.
+_CPU_KERNELS = ("csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
+_GPU_KERNELS = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cuh")
 #: They show results and do not make them.
 _WITHOUT = ("command.py", "table.py", "figures.py", "cli.py", "documents.py", "attention_error.py")
 _COMMENTS = ("#", "//")
 
 
-def code_hash(profile_digest: str, root: Path = ROOT) -> str:
+def code_hash(profile_digest: str, device: str, root: Path = ROOT) -> str:
     """SHA-256 over the source that determines outcomes, and the profile; what only explains it does not count.
 
-    That is docstrings, comment lines and empty lines.
+    That is docstrings, comment lines, empty lines, and kernels of devices other than `device` ("cpu" or a GPU's name).
     """
-    files = sorted({file for pattern in _FILES for file in root.glob(pattern) if file.name not in _WITHOUT})
+    patterns = (*_FILES, *(_CPU_KERNELS if device == "cpu" else _GPU_KERNELS))
+    files = sorted({file for pattern in patterns for file in root.glob(pattern) if file.name not in _WITHOUT})
     digest = hashlib.sha256(profile_digest.encode())
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -120,7 +125,8 @@ def measure(
         if done % 50 == 0:
             print(f"     {done} of {items} items, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
-    about = {**header(model, setting), "code_hash": code_hash(found.digest)}
+    about = header(model, setting)
+    about["code_hash"] = code_hash(found.digest, about["device"])
     earlier = _earlier(resume, about, seed)
     plan = _Rest(items, seed=seed, done=len(earlier))
     result = compare_retrieval(model, setting, plan, on_progress=count)
@@ -185,7 +191,7 @@ def retrieval_rows(
     ]
     model = load_model(DEFAULT_MODEL, device=device, dtype="float32")
     chosen = find_profile(model, profile)
-    fresh = code_hash(chosen.digest)
+    fresh = code_hash(chosen.digest, result["device"])
     shown = "the same" if fresh == result["code_hash"] else "differs: run python -m benchmarks.fidelity_retrieval"
     rows.append(Row("... the result's code hash", "that of this source", "", shown, fresh == result["code_hash"]))
     setting = profile_setting(model, chosen, error_budget=result["error_budget"])

@@ -19,7 +19,8 @@ from .config import SaleConfig
 # Kept share, sink and local included, of a query block at position p: 0.515 * (p / 2048) ** -0.6 at tau 0.004 and
 # stride 1. Measured 2026-11-24 on four layers of Qwen2.5-Coder-1.5B (32K of source, 12 heads) and on all heads of
 # SmolLM2-135M (three documents of 7,680 tokens): 0.76 at 1K, 0.51 at 2K, 0.34 at 4K, 0.32 at 8K, 0.13 at 16K, 0.09 at
-# 30K. Half or double tau: 1.22 or 0.80 of that. Strides 2 and 4 keep less at the same tau.
+# 30K. Half or double tau: 1.22 or 0.80 of that. Strides 2 and 4 keep less at the same tau. All with the paper's sum:
+# thresholds relative to a sampled one keep less, so that with them sparse rows start a little late.
 _KEPT_AT_2K = 0.515
 _KEPT_DECAY = 0.6
 _KEPT_TAU_EXPONENT = 0.32

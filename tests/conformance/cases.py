@@ -173,6 +173,7 @@ SAMPLED = [
         inputs="blank",
         dtype=torch.float32,
     ),
+    Case(150, 450, config=SAMPLED_SMALL, inputs="blank", dtype=torch.float16),
     Case(2, 1001, 2, 1, stride=(4, 2), prompt_end=4096, config=SAMPLED_SMALL),
 ]
 
@@ -256,4 +257,5 @@ NON_FINITE = [
     Case(500, 0, 2, 1),
     Case(200, 250, 3, 1, 128, dtype=torch.float32, page_tokens=64, config=SAMPLED_SMALL),
     Case(200, 250, 2, 2, 96, dtype=torch.float16),
+    Case(300, 500, 2, 2, 64, config=SAMPLED_SMALL, stride=(2, 1)),
 ]

@@ -26,6 +26,11 @@ struct Votes {
   int64_t first, step, count;
 };
 
+inline uint32_t widened_codes(const int8_t* two) {
+  const int16_t both[2] = {two[0], two[1]};
+  return static_cast<uint32_t>(load32(both));
+}
+
 // A head's voting rows, filled up to whole tiles of kSelectRows.
 template <class S>
 struct Voters {
@@ -54,11 +59,6 @@ struct Voters {
     return result;
   }
 };
-
-inline uint32_t widened_codes(const int8_t* two) {
-  const int16_t both[2] = {two[0], two[1]};
-  return static_cast<uint32_t>(load32(both));
-}
 
 // One key's codes into its column of 32 packed keys; null: zeros.
 template <class S>

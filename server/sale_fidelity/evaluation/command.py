@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def _settings(model: FidelityModel, arguments: argparse.Namespace) -> tuple[Eval
 
 
 def _uniform_beside(model: FidelityModel, config: SaleConfig, taken: str) -> list[EvaluationSetting]:
+    """Thresholds as the paper has them, whatever those of the profile are relative to."""
+    config = replace(config, sample_stride=0)
     found = [uniform_setting(model, tau, stride, config) for tau, stride in UNIFORM_BESIDE]
     return [setting for setting in found if setting.name != taken]
 

@@ -113,20 +113,24 @@ class Engine:
         return [policy] * self.model.kv_shape.num_layers
 
     def geometry(self, settings: AttentionSettings) -> SaleConfig:
-        """Of a session with `settings`, for its whole life: with the rows and the prompts that run dense."""
+        """Of a session with `settings`, for its whole life: with the rows and the prompts that run dense.
+
+        A threshold of its own is relative to sink and local keys, as the paper has it, whatever the profile's are.
+        """
         if settings.error_budget is not None and self.level(settings) is None:
             return replace(self.config, dense_rows=NEVER)
+        config = self.config if settings.error_budget is not None else replace(self.config, sample_stride=0)
         if not self._has_crossover:
-            return self.config
+            return config
         costs = costs_of(self.attention_backend, self.model.kv_shape.head_dim, self.model.device.type)
         policies = self._policies(settings)
         heads = [
             head for policy in policies for head in zip(policy.tau.tolist(), policy.query_stride.tolist(), strict=True)
         ]
-        rows = crossover_of_heads(costs, heads, self.config)
+        rows = crossover_of_heads(costs, heads, config)
         layers = sum(not all(policy.dense_heads) for policy in policies)
         prompt = longest_dense_prompt(costs, heads, layers, rows)
-        return replace(self.config, dense_rows=rows, dense_prompt_tokens=prompt)
+        return replace(config, dense_rows=rows, dense_prompt_tokens=prompt)
 
     def profile_report(self, sequence: Sequence) -> ProfileReport | None:
         """What the sequence got from the profile; None where it asked for none."""

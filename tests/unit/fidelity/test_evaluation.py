@@ -274,15 +274,22 @@ class TestCodeHash:
         return tmp_path
 
     def test_code_and_profile_change_it(self, root: Path) -> None:
-        before = fidelity_retrieval.code_hash("profile", root)
-        assert before != fidelity_retrieval.code_hash("another profile", root)
+        before = fidelity_retrieval.code_hash("profile", "cpu", root)
+        assert before != fidelity_retrieval.code_hash("another profile", "cpu", root)
         (root / "server" / "sale_attention" / "select.py").write_text("keep = score >= limit\n")
-        assert before != fidelity_retrieval.code_hash("profile", root)
+        assert before != fidelity_retrieval.code_hash("profile", "cpu", root)
+
+    def test_kernels_of_the_device_that_made_it_count(self, root: Path) -> None:
+        before = {device: fidelity_retrieval.code_hash("profile", device, root) for device in ("cpu", "a GPU")}
+        (root / "csrc" / "cuda").mkdir(parents=True)
+        (root / "csrc" / "cuda" / "select.cu").write_text("int kept;")
+        assert before["cpu"] == fidelity_retrieval.code_hash("profile", "cpu", root)
+        assert before["a GPU"] != fidelity_retrieval.code_hash("profile", "a GPU", root)
 
     def test_comment_lines_and_docstrings_do_not(self, root: Path) -> None:
-        before = fidelity_retrieval.code_hash("profile", root)
+        before = fidelity_retrieval.code_hash("profile", "cpu", root)
         (root / "server" / "sale_attention" / "select.py").write_text("# better said\n\nkeep = score > limit\n")
-        assert before == fidelity_retrieval.code_hash("profile", root)
+        assert before == fidelity_retrieval.code_hash("profile", "cpu", root)
 
 
 def _alone(model: FidelityModel, prompt_ids: tuple[int, ...], candidate: tuple[int, ...]) -> float:
