@@ -39,6 +39,7 @@ INSTRUCTIONS: dict[str, dict[tuple[str, ...], tuple[str, ...]] | None] = {
     },
     "quantise_4bit.cu": {SM80 + SM90: ("LDG.E.128*", "F2I*")},
     # Hopper has no 4-bit tensor cores: there the same instruction is two of the 8-bit ones.
+    "sampled.cu": {SM80 + SM90: ("IMMA.16832.S8.S8", "LDGSTS.E*.128*", "MUFU.EX2")},
     "select_4bit.cu": {SM80: ("IMMA.16864.S4.S4",), SM90: ("IMMA.16832.S8.S8",)},
     "decode.cu": {SM80 + SM90: ("HMMA.16816.F32*", "LDGSTS.E*.128*", "MUFU.EX2")},
     "sm80/select_s8.cu": {SM80: ("IMMA.16832.S8.S8", "LDGSTS.E*.128*")},
