@@ -132,6 +132,13 @@ class SessionExpiredError(SessionNotFoundError):
     default_reason = "SESSION_EXPIRED"
 
 
+class TransferUnknownError(SalePrefillError):
+    """No transfer or upload of that id: closed, expired, or another caller's. Open one again."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+    default_reason = "TRANSFER_UNKNOWN"
+
+
 class ConflictError(SalePrefillError):
     """The session is not in the state that the request needs."""
 
@@ -182,6 +189,12 @@ class KvCapacityError(OverloadedError):
     default_reason = "KV_CAPACITY"
 
 
+class PinQuotaError(OverloadedError):
+    """The tenant's hard pins would exceed its quota; metadata: needed_bytes, quota_bytes."""
+
+    default_reason = "PIN_QUOTA"
+
+
 class QueueFullError(OverloadedError):
     """Too many requests or tokens wait."""
 
@@ -192,6 +205,12 @@ class UnavailableError(SalePrefillError):
     """The server cannot be reached, or not yet, or no more."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
+
+
+class StoreUnavailableError(UnavailableError):
+    """The durability asked for cannot be promised now: its tier is slow, full or down."""
+
+    default_reason = "STORE_UNAVAILABLE"
 
 
 class NotReadyError(UnavailableError):

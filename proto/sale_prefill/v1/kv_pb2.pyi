@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -85,7 +86,7 @@ class KvRange(_message.Message):
     def __init__(self, token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ...) -> None: ...
 
 class KvManifest(_message.Message):
-    __slots__ = ("spec", "range", "total_bytes", "total_chunks", "checksum_algorithm", "generation", "token_digest")
+    __slots__ = ("spec", "range", "total_bytes", "total_chunks", "checksum_algorithm", "generation", "token_digest", "token_ids")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +94,7 @@ class KvManifest(_message.Message):
     CHECKSUM_ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     spec: KvSpec
     range: KvRange
     total_bytes: int
@@ -100,7 +102,8 @@ class KvManifest(_message.Message):
     checksum_algorithm: ChecksumAlgorithm
     generation: int
     token_digest: bytes
-    def __init__(self, spec: _Optional[_Union[KvSpec, _Mapping]] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., total_bytes: _Optional[int] = ..., total_chunks: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., generation: _Optional[int] = ..., token_digest: _Optional[bytes] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, spec: _Optional[_Union[KvSpec, _Mapping]] = ..., range: _Optional[_Union[KvRange, _Mapping]] = ..., total_bytes: _Optional[int] = ..., total_chunks: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[ChecksumAlgorithm, str]] = ..., generation: _Optional[int] = ..., token_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvChunk(_message.Message):
     __slots__ = ("index", "layer", "kind", "token_start", "num_tokens", "checksum", "data")

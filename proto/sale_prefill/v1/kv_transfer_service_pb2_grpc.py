@@ -40,6 +40,11 @@ class KvTransferServiceStub:
                 request_serializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvRequest.SerializeToString,
                 response_deserializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvResponse.FromString,
                 _registered_method=True)
+        self.OpenPush = channel.unary_unary(
+                '/sale_prefill.v1.KvTransferService/OpenPush',
+                request_serializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushRequest.SerializeToString,
+                response_deserializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushResponse.FromString,
+                _registered_method=True)
         self.PushKv = channel.stream_unary(
                 '/sale_prefill.v1.KvTransferService/PushKv',
                 request_serializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PushKvRequest.SerializeToString,
@@ -68,15 +73,25 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPush(self, request, context):
+        """OpenPush agrees on an import before a byte moves: format, room, and which chunks are here already. Repeating it with
+        the same request_id finds an upload that broke off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PushKv(self, request_iterator, context):
-        """PushKv imports KV computed elsewhere into a new session.
+        """PushKv imports KV computed elsewhere into a new session: all of it in one stream, or, after OpenPush, in any number
+        of streams that share the chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OpenTransfer(self, request, context):
-        """OpenTransfer negotiates an out-of-band transport (shared memory, CUDA IPC, NIXL, Mooncake).
+        """OpenTransfer opens a segment of memory that KV bytes move through beside gRPC (shared memory, CUDA IPC). PullKv,
+        PushKv and Prefill name it; the segment serves one of them at a time, and any number in turn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +111,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.PullKv,
                     request_deserializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvRequest.FromString,
                     response_serializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvResponse.SerializeToString,
+            ),
+            'OpenPush': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPush,
+                    request_deserializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushRequest.FromString,
+                    response_serializer=sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushResponse.SerializeToString,
             ),
             'PushKv': grpc.stream_unary_rpc_method_handler(
                     servicer.PushKv,
@@ -141,6 +161,33 @@ class KvTransferService:
             '/sale_prefill.v1.KvTransferService/PullKv',
             sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvRequest.SerializeToString,
             sale__prefill_dot_v1_dot_kv__transfer__service__pb2.PullKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sale_prefill.v1.KvTransferService/OpenPush',
+            sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushRequest.SerializeToString,
+            sale__prefill_dot_v1_dot_kv__transfer__service__pb2.OpenPushResponse.FromString,
             options,
             channel_credentials,
             insecure,

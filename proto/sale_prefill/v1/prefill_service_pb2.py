@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from sale_prefill.v1 import kv_pb2 as sale__prefill_dot_v1_dot_kv__pb2
 from sale_prefill.v1 import session_service_pb2 as sale__prefill_dot_v1_dot_session__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sale_prefill/v1/prefill_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a%sale_prefill/v1/session_service.proto\"\xce\x03\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12#\n\x16\x65xpected_prefix_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x33\n\tretention\x18\x06 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x36\n\x0con_interrupt\x18\x07 \x01(\x0e\x32 .sale_prefill.v1.InterruptPolicy\x12\x1b\n\x0enum_top_logits\x18\x08 \x01(\rH\x01\x88\x01\x01\x12;\n\x06labels\x18\t \x03(\x0b\x32+.sale_prefill.v1.PrefillRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x19\n\x17_expected_prefix_tokensB\x11\n\x0f_num_top_logits\"\xb8\x01\n\x0fPrefillResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .sale_prefill.v1.PrefillAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .sale_prefill.v1.PrefillProgressH\x00\x12\x30\n\x06result\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.PrefillResultH\x00\x42\x07\n\x05\x65vent\"\x91\x01\n\x0fPrefillAccepted\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\r\x12\x0e\n\x06joined\x18\x06 \x01(\x08\"\x9e\x01\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63ompleted_ratio\x18\x03 \x01(\x01\x12\x33\n\x10\x65lapsed_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06queued\x18\x05 \x01(\x08\"\x99\x01\n\rPrefillResult\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12/\n\ntop_logits\x18\x02 \x03(\x0b\x32\x1b.sale_prefill.v1.TokenLogit\x12,\n\x05stats\x18\x03 \x01(\x0b\x32\x1d.sale_prefill.v1.PrefillStats\">\n\nTokenLogit\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05logit\x18\x02 \x01(\x02\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xe6\x04\n\x0cPrefillStats\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x65stimation_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12\x61ttention_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0eother_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_blocks\x18\x08 \x01(\x04\x12\x15\n\rcausal_blocks\x18\t \x01(\x04\x12\x0f\n\x07\x64\x65nsity\x18\n \x01(\x01\x12+\n\x06layers\x18\x0b \x03(\x0b\x32\x1b.sale_prefill.v1.LayerStats\x12\x37\n\x0f\x64\x65nse_fallbacks\x18\x0c \x03(\x0b\x32\x1e.sale_prefill.v1.DenseFallback\x12\x19\n\x11\x61ttention_backend\x18\r \x01(\t\x12.\n\x07profile\x18\x0e \x01(\x0b\x32\x1d.sale_prefill.v1.ProfileStats\x12*\n\x05guard\x18\x0f \x01(\x0b\x32\x1b.sale_prefill.v1.GuardStats\"\x9e\x01\n\x0cProfileStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x65rror_budget\x18\x03 \x01(\x01\x12\x16\n\x0e\x65xpected_error\x18\x04 \x01(\x01\x12\x14\n\x0csparse_heads\x18\x05 \x01(\r\x12\x17\n\x0fstreaming_heads\x18\x06 \x01(\r\x12\x13\n\x0b\x64\x65nse_heads\x18\x07 \x01(\r\"\x86\x01\n\nGuardStats\x12\x11\n\tnum_tiles\x18\x01 \x01(\r\x12\x11\n\tkept_mass\x18\x02 \x01(\x01\x12\x12\n\nmean_error\x18\x03 \x01(\x01\x12\x11\n\tmax_error\x18\x04 \x01(\x01\x12+\n\x06\x61lerts\x18\x05 \x03(\x0b\x32\x1b.sale_prefill.v1.GuardAlert\"r\n\nGuardAlert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x11\n\x04head\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x64\x65nse\x18\x03 \x01(\x08\x12\x12\n\nmean_error\x18\x04 \x01(\x01\x12\x16\n\x0e\x65xpected_error\x18\x05 \x01(\x01\x42\x07\n\x05_head\"X\n\nLayerStats\x12\x17\n\x0f\x63omputed_blocks\x18\x01 \x01(\x04\x12\x15\n\rcausal_blocks\x18\x02 \x01(\x04\x12\x1a\n\x0ehead_densities\x18\x03 \x03(\x02\x42\x02\x10\x01\"O\n\rDenseFallback\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.sale_prefill.v1.DenseReason\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\"\xdc\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12#\n\x16\x65xpected_prefix_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x32\n\x08sampling\x18\x06 \x01(\x0b\x32 .sale_prefill.v1.SamplingOptions\x12\x1a\n\x0estop_token_ids\x18\x07 \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\t \x01(\r\x12\x36\n\x0con_interrupt\x18\n \x01(\x0e\x32 .sale_prefill.v1.InterruptPolicyB\x19\n\x17_expected_prefix_tokens\"\xb6\x01\n\x0fSamplingOptions\x12\x1f\n\x12repetition_penalty\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x42\x15\n\x13_repetition_penaltyB\x08\n\x06_top_pB\x07\n\x05_seed\"\xe8\x01\n\x0e\x44\x65\x63odeResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .sale_prefill.v1.PrefillAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .sale_prefill.v1.PrefillProgressH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.DecodedTokensH\x00\x12/\n\x06result\x18\x04 \x01(\x0b\x32\x1d.sale_prefill.v1.DecodeResultH\x00\x42\x07\n\x05\x65vent\">\n\rDecodedTokens\x12-\n\x06tokens\x18\x01 \x03(\x0b\x32\x1d.sale_prefill.v1.DecodedToken\"d\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x31\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1b.sale_prefill.v1.TokenLogit\"\x9c\x01\n\x0c\x44\x65\x63odeResult\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12\x34\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1d.sale_prefill.v1.FinishReason\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.sale_prefill.v1.DecodeStats\"\xca\x01\n\x0b\x44\x65\x63odeStats\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.sale_prefill.v1.PrefillStats\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04*i\n\x0fInterruptPolicy\x12 \n\x1cINTERRUPT_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15INTERRUPT_POLICY_KEEP\x10\x01\x12\x19\n\x15INTERRUPT_POLICY_FREE\x10\x02*\x94\x01\n\x0b\x44\x65nseReason\x12\x1c\n\x18\x44\x45NSE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45NSE_REASON_REQUESTED\x10\x01\x12\x16\n\x12\x44\x45NSE_REASON_SHORT\x10\x02\x12\x15\n\x11\x44\x45NSE_REASON_HEAD\x10\x03\x12\x1c\n\x18\x44\x45NSE_REASON_UNSUPPORTED\x10\x04*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x32\xad\x01\n\x0ePrefillService\x12N\n\x07Prefill\x12\x1f.sale_prefill.v1.PrefillRequest\x1a .sale_prefill.v1.PrefillResponse0\x01\x12K\n\x06\x44\x65\x63ode\x12\x1e.sale_prefill.v1.DecodeRequest\x1a\x1f.sale_prefill.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sale_prefill/v1/prefill_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18sale_prefill/v1/kv.proto\x1a%sale_prefill/v1/session_service.proto\"\xb0\x04\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12#\n\x16\x65xpected_prefix_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x33\n\tretention\x18\x06 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x36\n\x0con_interrupt\x18\x07 \x01(\x0e\x32 .sale_prefill.v1.InterruptPolicy\x12\x1b\n\x0enum_top_logits\x18\x08 \x01(\rH\x01\x88\x01\x01\x12;\n\x06labels\x18\t \x03(\x0b\x32+.sale_prefill.v1.PrefillRequest.LabelsEntry\x12,\n\tinline_kv\x18\n \x01(\x0b\x32\x19.sale_prefill.v1.InlineKv\x12\x32\n\x0cprefix_reuse\x18\x0b \x01(\x0e\x32\x1c.sale_prefill.v1.PrefixReuse\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x19\n\x17_expected_prefix_tokensB\x11\n\x0f_num_top_logits\"\x93\x02\n\x08InlineKv\x12\'\n\x05range\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12)\n\x06layout\x18\x02 \x01(\x0e\x32\x19.sale_prefill.v1.KvLayout\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12>\n\x12\x63hecksum_algorithm\x18\x04 \x01(\x0e\x32\".sale_prefill.v1.ChecksumAlgorithm\x12.\n\rexpected_spec\x18\x05 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x13\n\x0btransfer_id\x18\x06 \x01(\t\x12\x19\n\x11resume_from_chunk\x18\x07 \x01(\r\"\x9a\x02\n\x0fPrefillResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .sale_prefill.v1.PrefillAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .sale_prefill.v1.PrefillProgressH\x00\x12\x30\n\x06result\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.PrefillResultH\x00\x12\x32\n\x0bkv_manifest\x18\x04 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifestH\x00\x12,\n\x08kv_chunk\x18\x05 \x01(\x0b\x32\x18.sale_prefill.v1.KvChunkH\x00\x42\x07\n\x05\x65vent\"\x91\x01\n\x0fPrefillAccepted\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\r\x12\x0e\n\x06joined\x18\x06 \x01(\x08\"\x9e\x01\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63ompleted_ratio\x18\x03 \x01(\x01\x12\x33\n\x10\x65lapsed_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06queued\x18\x05 \x01(\x08\"\x99\x01\n\rPrefillResult\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12/\n\ntop_logits\x18\x02 \x03(\x0b\x32\x1b.sale_prefill.v1.TokenLogit\x12,\n\x05stats\x18\x03 \x01(\x0b\x32\x1d.sale_prefill.v1.PrefillStats\">\n\nTokenLogit\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05logit\x18\x02 \x01(\x02\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x96\x05\n\x0cPrefillStats\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x65stimation_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12\x61ttention_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0eother_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_blocks\x18\x08 \x01(\x04\x12\x15\n\rcausal_blocks\x18\t \x01(\x04\x12\x0f\n\x07\x64\x65nsity\x18\n \x01(\x01\x12+\n\x06layers\x18\x0b \x03(\x0b\x32\x1b.sale_prefill.v1.LayerStats\x12\x37\n\x0f\x64\x65nse_fallbacks\x18\x0c \x03(\x0b\x32\x1e.sale_prefill.v1.DenseFallback\x12\x19\n\x11\x61ttention_backend\x18\r \x01(\t\x12.\n\x07profile\x18\x0e \x01(\x0b\x32\x1d.sale_prefill.v1.ProfileStats\x12*\n\x05guard\x18\x0f \x01(\x0b\x32\x1b.sale_prefill.v1.GuardStats\x12\x15\n\rprefix_tokens\x18\x10 \x01(\r\x12\x17\n\x0frestored_tokens\x18\x11 \x01(\r\"\x9e\x01\n\x0cProfileStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x65rror_budget\x18\x03 \x01(\x01\x12\x16\n\x0e\x65xpected_error\x18\x04 \x01(\x01\x12\x14\n\x0csparse_heads\x18\x05 \x01(\r\x12\x17\n\x0fstreaming_heads\x18\x06 \x01(\r\x12\x13\n\x0b\x64\x65nse_heads\x18\x07 \x01(\r\"\x86\x01\n\nGuardStats\x12\x11\n\tnum_tiles\x18\x01 \x01(\r\x12\x11\n\tkept_mass\x18\x02 \x01(\x01\x12\x12\n\nmean_error\x18\x03 \x01(\x01\x12\x11\n\tmax_error\x18\x04 \x01(\x01\x12+\n\x06\x61lerts\x18\x05 \x03(\x0b\x32\x1b.sale_prefill.v1.GuardAlert\"r\n\nGuardAlert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x11\n\x04head\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x64\x65nse\x18\x03 \x01(\x08\x12\x12\n\nmean_error\x18\x04 \x01(\x01\x12\x16\n\x0e\x65xpected_error\x18\x05 \x01(\x01\x42\x07\n\x05_head\"X\n\nLayerStats\x12\x17\n\x0f\x63omputed_blocks\x18\x01 \x01(\x04\x12\x15\n\rcausal_blocks\x18\x02 \x01(\x04\x12\x1a\n\x0ehead_densities\x18\x03 \x03(\x02\x42\x02\x10\x01\"O\n\rDenseFallback\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.sale_prefill.v1.DenseReason\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\"\xdc\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12#\n\x16\x65xpected_prefix_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x32\n\x08sampling\x18\x06 \x01(\x0b\x32 .sale_prefill.v1.SamplingOptions\x12\x1a\n\x0estop_token_ids\x18\x07 \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\t \x01(\r\x12\x36\n\x0con_interrupt\x18\n \x01(\x0e\x32 .sale_prefill.v1.InterruptPolicyB\x19\n\x17_expected_prefix_tokens\"\xb6\x01\n\x0fSamplingOptions\x12\x1f\n\x12repetition_penalty\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x42\x15\n\x13_repetition_penaltyB\x08\n\x06_top_pB\x07\n\x05_seed\"\xe8\x01\n\x0e\x44\x65\x63odeResponse\x12\x34\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .sale_prefill.v1.PrefillAcceptedH\x00\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32 .sale_prefill.v1.PrefillProgressH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.DecodedTokensH\x00\x12/\n\x06result\x18\x04 \x01(\x0b\x32\x1d.sale_prefill.v1.DecodeResultH\x00\x42\x07\n\x05\x65vent\">\n\rDecodedTokens\x12-\n\x06tokens\x18\x01 \x03(\x0b\x32\x1d.sale_prefill.v1.DecodedToken\"d\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x31\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1b.sale_prefill.v1.TokenLogit\"\x9c\x01\n\x0c\x44\x65\x63odeResult\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12\x34\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1d.sale_prefill.v1.FinishReason\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.sale_prefill.v1.DecodeStats\"\xca\x01\n\x0b\x44\x65\x63odeStats\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.sale_prefill.v1.PrefillStats\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04*V\n\x0bPrefixReuse\x12\x1c\n\x18PREFIX_REUSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPREFIX_REUSE_ON\x10\x01\x12\x14\n\x10PREFIX_REUSE_OFF\x10\x02*i\n\x0fInterruptPolicy\x12 \n\x1cINTERRUPT_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15INTERRUPT_POLICY_KEEP\x10\x01\x12\x19\n\x15INTERRUPT_POLICY_FREE\x10\x02*\x94\x01\n\x0b\x44\x65nseReason\x12\x1c\n\x18\x44\x45NSE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45NSE_REASON_REQUESTED\x10\x01\x12\x16\n\x12\x44\x45NSE_REASON_SHORT\x10\x02\x12\x15\n\x11\x44\x45NSE_REASON_HEAD\x10\x03\x12\x1c\n\x18\x44\x45NSE_REASON_UNSUPPORTED\x10\x04*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x32\xad\x01\n\x0ePrefillService\x12N\n\x07Prefill\x12\x1f.sale_prefill.v1.PrefillRequest\x1a .sale_prefill.v1.PrefillResponse0\x01\x12K\n\x06\x44\x65\x63ode\x12\x1e.sale_prefill.v1.DecodeRequest\x1a\x1f.sale_prefill.v1.DecodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,52 +44,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_DECODEREQUEST'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_DECODEREQUEST'].fields_by_name['stop_token_ids']._serialized_options = b'\020\001'
-  _globals['_INTERRUPTPOLICY']._serialized_start=3813
-  _globals['_INTERRUPTPOLICY']._serialized_end=3918
-  _globals['_DENSEREASON']._serialized_start=3921
-  _globals['_DENSEREASON']._serialized_end=4069
-  _globals['_FINISHREASON']._serialized_start=4071
-  _globals['_FINISHREASON']._serialized_end=4193
-  _globals['_PREFILLREQUEST']._serialized_start=130
-  _globals['_PREFILLREQUEST']._serialized_end=592
-  _globals['_PREFILLREQUEST_LABELSENTRY']._serialized_start=501
-  _globals['_PREFILLREQUEST_LABELSENTRY']._serialized_end=546
-  _globals['_PREFILLRESPONSE']._serialized_start=595
-  _globals['_PREFILLRESPONSE']._serialized_end=779
-  _globals['_PREFILLACCEPTED']._serialized_start=782
-  _globals['_PREFILLACCEPTED']._serialized_end=927
-  _globals['_PREFILLPROGRESS']._serialized_start=930
-  _globals['_PREFILLPROGRESS']._serialized_end=1088
-  _globals['_PREFILLRESULT']._serialized_start=1091
-  _globals['_PREFILLRESULT']._serialized_end=1244
-  _globals['_TOKENLOGIT']._serialized_start=1246
-  _globals['_TOKENLOGIT']._serialized_end=1308
-  _globals['_PREFILLSTATS']._serialized_start=1311
-  _globals['_PREFILLSTATS']._serialized_end=1925
-  _globals['_PROFILESTATS']._serialized_start=1928
-  _globals['_PROFILESTATS']._serialized_end=2086
-  _globals['_GUARDSTATS']._serialized_start=2089
-  _globals['_GUARDSTATS']._serialized_end=2223
-  _globals['_GUARDALERT']._serialized_start=2225
-  _globals['_GUARDALERT']._serialized_end=2339
-  _globals['_LAYERSTATS']._serialized_start=2341
-  _globals['_LAYERSTATS']._serialized_end=2429
-  _globals['_DENSEFALLBACK']._serialized_start=2431
-  _globals['_DENSEFALLBACK']._serialized_end=2510
-  _globals['_DECODEREQUEST']._serialized_start=2513
-  _globals['_DECODEREQUEST']._serialized_end=2861
-  _globals['_SAMPLINGOPTIONS']._serialized_start=2864
-  _globals['_SAMPLINGOPTIONS']._serialized_end=3046
-  _globals['_DECODERESPONSE']._serialized_start=3049
-  _globals['_DECODERESPONSE']._serialized_end=3281
-  _globals['_DECODEDTOKENS']._serialized_start=3283
-  _globals['_DECODEDTOKENS']._serialized_end=3345
-  _globals['_DECODEDTOKEN']._serialized_start=3347
-  _globals['_DECODEDTOKEN']._serialized_end=3447
-  _globals['_DECODERESULT']._serialized_start=3450
-  _globals['_DECODERESULT']._serialized_end=3606
-  _globals['_DECODESTATS']._serialized_start=3609
-  _globals['_DECODESTATS']._serialized_end=3811
-  _globals['_PREFILLSERVICE']._serialized_start=4196
-  _globals['_PREFILLSERVICE']._serialized_end=4369
+  _globals['_PREFIXREUSE']._serialized_start=4361
+  _globals['_PREFIXREUSE']._serialized_end=4447
+  _globals['_INTERRUPTPOLICY']._serialized_start=4449
+  _globals['_INTERRUPTPOLICY']._serialized_end=4554
+  _globals['_DENSEREASON']._serialized_start=4557
+  _globals['_DENSEREASON']._serialized_end=4705
+  _globals['_FINISHREASON']._serialized_start=4707
+  _globals['_FINISHREASON']._serialized_end=4829
+  _globals['_PREFILLREQUEST']._serialized_start=156
+  _globals['_PREFILLREQUEST']._serialized_end=716
+  _globals['_PREFILLREQUEST_LABELSENTRY']._serialized_start=625
+  _globals['_PREFILLREQUEST_LABELSENTRY']._serialized_end=670
+  _globals['_INLINEKV']._serialized_start=719
+  _globals['_INLINEKV']._serialized_end=994
+  _globals['_PREFILLRESPONSE']._serialized_start=997
+  _globals['_PREFILLRESPONSE']._serialized_end=1279
+  _globals['_PREFILLACCEPTED']._serialized_start=1282
+  _globals['_PREFILLACCEPTED']._serialized_end=1427
+  _globals['_PREFILLPROGRESS']._serialized_start=1430
+  _globals['_PREFILLPROGRESS']._serialized_end=1588
+  _globals['_PREFILLRESULT']._serialized_start=1591
+  _globals['_PREFILLRESULT']._serialized_end=1744
+  _globals['_TOKENLOGIT']._serialized_start=1746
+  _globals['_TOKENLOGIT']._serialized_end=1808
+  _globals['_PREFILLSTATS']._serialized_start=1811
+  _globals['_PREFILLSTATS']._serialized_end=2473
+  _globals['_PROFILESTATS']._serialized_start=2476
+  _globals['_PROFILESTATS']._serialized_end=2634
+  _globals['_GUARDSTATS']._serialized_start=2637
+  _globals['_GUARDSTATS']._serialized_end=2771
+  _globals['_GUARDALERT']._serialized_start=2773
+  _globals['_GUARDALERT']._serialized_end=2887
+  _globals['_LAYERSTATS']._serialized_start=2889
+  _globals['_LAYERSTATS']._serialized_end=2977
+  _globals['_DENSEFALLBACK']._serialized_start=2979
+  _globals['_DENSEFALLBACK']._serialized_end=3058
+  _globals['_DECODEREQUEST']._serialized_start=3061
+  _globals['_DECODEREQUEST']._serialized_end=3409
+  _globals['_SAMPLINGOPTIONS']._serialized_start=3412
+  _globals['_SAMPLINGOPTIONS']._serialized_end=3594
+  _globals['_DECODERESPONSE']._serialized_start=3597
+  _globals['_DECODERESPONSE']._serialized_end=3829
+  _globals['_DECODEDTOKENS']._serialized_start=3831
+  _globals['_DECODEDTOKENS']._serialized_end=3893
+  _globals['_DECODEDTOKEN']._serialized_start=3895
+  _globals['_DECODEDTOKEN']._serialized_end=3995
+  _globals['_DECODERESULT']._serialized_start=3998
+  _globals['_DECODERESULT']._serialized_end=4154
+  _globals['_DECODESTATS']._serialized_start=4157
+  _globals['_DECODESTATS']._serialized_end=4359
+  _globals['_PREFILLSERVICE']._serialized_start=4832
+  _globals['_PREFILLSERVICE']._serialized_end=5005
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from sale_prefill.v1 import kv_pb2 as _kv_pb2
 from sale_prefill.v1 import session_service_pb2 as _session_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -10,6 +11,12 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class PrefixReuse(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PREFIX_REUSE_UNSPECIFIED: _ClassVar[PrefixReuse]
+    PREFIX_REUSE_ON: _ClassVar[PrefixReuse]
+    PREFIX_REUSE_OFF: _ClassVar[PrefixReuse]
 
 class InterruptPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +38,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CONTEXT: _ClassVar[FinishReason]
+PREFIX_REUSE_UNSPECIFIED: PrefixReuse
+PREFIX_REUSE_ON: PrefixReuse
+PREFIX_REUSE_OFF: PrefixReuse
 INTERRUPT_POLICY_UNSPECIFIED: InterruptPolicy
 INTERRUPT_POLICY_KEEP: InterruptPolicy
 INTERRUPT_POLICY_FREE: InterruptPolicy
@@ -45,7 +55,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CONTEXT: FinishReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "session_id", "token_ids", "expected_prefix_tokens", "attention", "retention", "on_interrupt", "num_top_logits", "labels")
+    __slots__ = ("request_id", "session_id", "token_ids", "expected_prefix_tokens", "attention", "retention", "on_interrupt", "num_top_logits", "labels", "inline_kv", "prefix_reuse")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +72,8 @@ class PrefillRequest(_message.Message):
     ON_INTERRUPT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGITS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    INLINE_KV_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_REUSE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     session_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -71,17 +83,41 @@ class PrefillRequest(_message.Message):
     on_interrupt: InterruptPolicy
     num_top_logits: int
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., expected_prefix_tokens: _Optional[int] = ..., attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., on_interrupt: _Optional[_Union[InterruptPolicy, str]] = ..., num_top_logits: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    inline_kv: InlineKv
+    prefix_reuse: PrefixReuse
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., expected_prefix_tokens: _Optional[int] = ..., attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., on_interrupt: _Optional[_Union[InterruptPolicy, str]] = ..., num_top_logits: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., inline_kv: _Optional[_Union[InlineKv, _Mapping]] = ..., prefix_reuse: _Optional[_Union[PrefixReuse, str]] = ...) -> None: ...
+
+class InlineKv(_message.Message):
+    __slots__ = ("range", "layout", "chunk_bytes", "checksum_algorithm", "expected_spec", "transfer_id", "resume_from_chunk")
+    RANGE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_SPEC_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FROM_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    range: _kv_pb2.KvRange
+    layout: _kv_pb2.KvLayout
+    chunk_bytes: int
+    checksum_algorithm: _kv_pb2.ChecksumAlgorithm
+    expected_spec: _kv_pb2.KvSpec
+    transfer_id: str
+    resume_from_chunk: int
+    def __init__(self, range: _Optional[_Union[_kv_pb2.KvRange, _Mapping]] = ..., layout: _Optional[_Union[_kv_pb2.KvLayout, str]] = ..., chunk_bytes: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[_kv_pb2.ChecksumAlgorithm, str]] = ..., expected_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., transfer_id: _Optional[str] = ..., resume_from_chunk: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("accepted", "progress", "result")
+    __slots__ = ("accepted", "progress", "result", "kv_manifest", "kv_chunk")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    KV_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    KV_CHUNK_FIELD_NUMBER: _ClassVar[int]
     accepted: PrefillAccepted
     progress: PrefillProgress
     result: PrefillResult
-    def __init__(self, accepted: _Optional[_Union[PrefillAccepted, _Mapping]] = ..., progress: _Optional[_Union[PrefillProgress, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ...) -> None: ...
+    kv_manifest: _kv_pb2.KvManifest
+    kv_chunk: _kv_pb2.KvChunk
+    def __init__(self, accepted: _Optional[_Union[PrefillAccepted, _Mapping]] = ..., progress: _Optional[_Union[PrefillProgress, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ..., kv_manifest: _Optional[_Union[_kv_pb2.KvManifest, _Mapping]] = ..., kv_chunk: _Optional[_Union[_kv_pb2.KvChunk, _Mapping]] = ...) -> None: ...
 
 class PrefillAccepted(_message.Message):
     __slots__ = ("session_id", "queue_position", "queued_tokens", "cached_tokens", "total_tokens", "joined")
@@ -134,7 +170,7 @@ class TokenLogit(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logit: _Optional[float] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class PrefillStats(_message.Message):
-    __slots__ = ("queue_duration", "compute_duration", "estimation_duration", "attention_duration", "other_duration", "computed_tokens", "cached_tokens", "computed_blocks", "causal_blocks", "density", "layers", "dense_fallbacks", "attention_backend", "profile", "guard")
+    __slots__ = ("queue_duration", "compute_duration", "estimation_duration", "attention_duration", "other_duration", "computed_tokens", "cached_tokens", "computed_blocks", "causal_blocks", "density", "layers", "dense_fallbacks", "attention_backend", "profile", "guard", "prefix_tokens", "restored_tokens")
     QUEUE_DURATION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DURATION_FIELD_NUMBER: _ClassVar[int]
     ESTIMATION_DURATION_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +186,8 @@ class PrefillStats(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     GUARD_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_duration: _duration_pb2.Duration
     compute_duration: _duration_pb2.Duration
     estimation_duration: _duration_pb2.Duration
@@ -165,7 +203,9 @@ class PrefillStats(_message.Message):
     attention_backend: str
     profile: ProfileStats
     guard: GuardStats
-    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., estimation_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attention_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., other_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_blocks: _Optional[int] = ..., causal_blocks: _Optional[int] = ..., density: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., dense_fallbacks: _Optional[_Iterable[_Union[DenseFallback, _Mapping]]] = ..., attention_backend: _Optional[str] = ..., profile: _Optional[_Union[ProfileStats, _Mapping]] = ..., guard: _Optional[_Union[GuardStats, _Mapping]] = ...) -> None: ...
+    prefix_tokens: int
+    restored_tokens: int
+    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., estimation_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attention_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., other_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_blocks: _Optional[int] = ..., causal_blocks: _Optional[int] = ..., density: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., dense_fallbacks: _Optional[_Iterable[_Union[DenseFallback, _Mapping]]] = ..., attention_backend: _Optional[str] = ..., profile: _Optional[_Union[ProfileStats, _Mapping]] = ..., guard: _Optional[_Union[GuardStats, _Mapping]] = ..., prefix_tokens: _Optional[int] = ..., restored_tokens: _Optional[int] = ...) -> None: ...
 
 class ProfileStats(_message.Message):
     __slots__ = ("name", "digest", "error_budget", "expected_error", "sparse_heads", "streaming_heads", "dense_heads")

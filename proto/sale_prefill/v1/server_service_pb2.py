@@ -28,7 +28,7 @@ from sale_prefill.v1 import kv_transfer_service_pb2 as sale__prefill_dot_v1_dot_
 from sale_prefill.v1 import session_service_pb2 as sale__prefill_dot_v1_dot_session__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sale_prefill/v1/server_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18sale_prefill/v1/kv.proto\x1a)sale_prefill/v1/kv_transfer_service.proto\x1a%sale_prefill/v1/session_service.proto\"\x16\n\x14GetServerInfoRequest\"\xa2\x04\n\x15GetServerInfoResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12(\n\x07kv_spec\x18\x04 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x19\n\reos_token_ids\x18\x08 \x03(\rB\x02\x10\x01\x12<\n\x11\x64\x65\x66\x61ult_attention\x18\t \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12;\n\x11\x64\x65\x66\x61ult_retention\x18\n \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12.\n\ntransports\x18\r \x03(\x0e\x32\x1a.sale_prefill.v1.Transport\x12\x17\n\x0fnum_query_heads\x18\x0e \x01(\r\x12\x16\n\x0emax_top_logits\x18\x0f \x01(\r\x12-\n\x07profile\x18\x10 \x01(\x0b\x32\x1c.sale_prefill.v1.ProfileInfo\"F\n\x0bProfileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x19\n\rerror_budgets\x18\x03 \x03(\x01\x42\x02\x10\x01\"\x10\n\x0eGetLoadRequest\"\xd4\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x04 \x01(\x01\x12\x15\n\rkv_used_bytes\x18\x05 \x01(\x04\x12\x19\n\x11kv_capacity_bytes\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"0\n\x18GetTokenizerFilesRequest\x12\x14\n\x0cknown_digest\x18\x01 \x01(\t\"\x92\x01\n\x19GetTokenizerFilesResponse\x12\x36\n\x08manifest\x18\x01 \x01(\x0b\x32\".sale_prefill.v1.TokenizerManifestH\x00\x12\x34\n\x05\x63hunk\x18\x02 \x01(\x0b\x32#.sale_prefill.v1.TokenizerFileChunkH\x00\x42\x07\n\x05\x66rame\"R\n\x11TokenizerManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12-\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1e.sale_prefill.v1.TokenizerFile\"A\n\rTokenizerFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"6\n\x12TokenizerFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\rDrainResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x19\n\x11resident_sessions\x18\x02 \x01(\r2\xf5\x02\n\rServerService\x12^\n\rGetServerInfo\x12%.sale_prefill.v1.GetServerInfoRequest\x1a&.sale_prefill.v1.GetServerInfoResponse\x12L\n\x07GetLoad\x12\x1f.sale_prefill.v1.GetLoadRequest\x1a .sale_prefill.v1.GetLoadResponse\x12l\n\x11GetTokenizerFiles\x12).sale_prefill.v1.GetTokenizerFilesRequest\x1a*.sale_prefill.v1.GetTokenizerFilesResponse0\x01\x12H\n\x05\x44rain\x12\x1d.sale_prefill.v1.DrainRequest\x1a\x1e.sale_prefill.v1.DrainResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sale_prefill/v1/server_service.proto\x12\x0fsale_prefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18sale_prefill/v1/kv.proto\x1a)sale_prefill/v1/kv_transfer_service.proto\x1a%sale_prefill/v1/session_service.proto\"\x16\n\x14GetServerInfoRequest\"\xdf\x04\n\x15GetServerInfoResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12(\n\x07kv_spec\x18\x04 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x19\n\reos_token_ids\x18\x08 \x03(\rB\x02\x10\x01\x12<\n\x11\x64\x65\x66\x61ult_attention\x18\t \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12;\n\x11\x64\x65\x66\x61ult_retention\x18\n \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x0c \x01(\t\x12.\n\ntransports\x18\r \x03(\x0e\x32\x1a.sale_prefill.v1.Transport\x12\x17\n\x0fnum_query_heads\x18\x0e \x01(\r\x12\x16\n\x0emax_top_logits\x18\x0f \x01(\r\x12-\n\x07profile\x18\x10 \x01(\x0b\x32\x1c.sale_prefill.v1.ProfileInfo\x12\x13\n\x0bpage_tokens\x18\x11 \x01(\r\x12&\n\x05tiers\x18\x12 \x03(\x0e\x32\x17.sale_prefill.v1.KvTier\"F\n\x0bProfileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x19\n\rerror_budgets\x18\x03 \x03(\x01\x42\x02\x10\x01\"\x10\n\x0eGetLoadRequest\"\xd4\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x04 \x01(\x01\x12\x15\n\rkv_used_bytes\x18\x05 \x01(\x04\x12\x19\n\x11kv_capacity_bytes\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"0\n\x18GetTokenizerFilesRequest\x12\x14\n\x0cknown_digest\x18\x01 \x01(\t\"\x92\x01\n\x19GetTokenizerFilesResponse\x12\x36\n\x08manifest\x18\x01 \x01(\x0b\x32\".sale_prefill.v1.TokenizerManifestH\x00\x12\x34\n\x05\x63hunk\x18\x02 \x01(\x0b\x32#.sale_prefill.v1.TokenizerFileChunkH\x00\x42\x07\n\x05\x66rame\"R\n\x11TokenizerManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12-\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1e.sale_prefill.v1.TokenizerFile\"A\n\rTokenizerFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"6\n\x12TokenizerFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\rDrainResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x19\n\x11resident_sessions\x18\x02 \x01(\r2\xf5\x02\n\rServerService\x12^\n\rGetServerInfo\x12%.sale_prefill.v1.GetServerInfoRequest\x1a&.sale_prefill.v1.GetServerInfoResponse\x12L\n\x07GetLoad\x12\x1f.sale_prefill.v1.GetLoadRequest\x1a .sale_prefill.v1.GetLoadResponse\x12l\n\x11GetTokenizerFiles\x12).sale_prefill.v1.GetTokenizerFilesRequest\x1a*.sale_prefill.v1.GetTokenizerFilesResponse0\x01\x12H\n\x05\x44rain\x12\x1d.sale_prefill.v1.DrainRequest\x1a\x1e.sale_prefill.v1.DrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,27 +42,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=197
   _globals['_GETSERVERINFOREQUEST']._serialized_end=219
   _globals['_GETSERVERINFORESPONSE']._serialized_start=222
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=768
-  _globals['_PROFILEINFO']._serialized_start=770
-  _globals['_PROFILEINFO']._serialized_end=840
-  _globals['_GETLOADREQUEST']._serialized_start=842
-  _globals['_GETLOADREQUEST']._serialized_end=858
-  _globals['_GETLOADRESPONSE']._serialized_start=861
-  _globals['_GETLOADRESPONSE']._serialized_end=1073
-  _globals['_GETTOKENIZERFILESREQUEST']._serialized_start=1075
-  _globals['_GETTOKENIZERFILESREQUEST']._serialized_end=1123
-  _globals['_GETTOKENIZERFILESRESPONSE']._serialized_start=1126
-  _globals['_GETTOKENIZERFILESRESPONSE']._serialized_end=1272
-  _globals['_TOKENIZERMANIFEST']._serialized_start=1274
-  _globals['_TOKENIZERMANIFEST']._serialized_end=1356
-  _globals['_TOKENIZERFILE']._serialized_start=1358
-  _globals['_TOKENIZERFILE']._serialized_end=1423
-  _globals['_TOKENIZERFILECHUNK']._serialized_start=1425
-  _globals['_TOKENIZERFILECHUNK']._serialized_end=1479
-  _globals['_DRAINREQUEST']._serialized_start=1481
-  _globals['_DRAINREQUEST']._serialized_end=1539
-  _globals['_DRAINRESPONSE']._serialized_start=1541
-  _globals['_DRAINRESPONSE']._serialized_end=1609
-  _globals['_SERVERSERVICE']._serialized_start=1612
-  _globals['_SERVERSERVICE']._serialized_end=1985
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=829
+  _globals['_PROFILEINFO']._serialized_start=831
+  _globals['_PROFILEINFO']._serialized_end=901
+  _globals['_GETLOADREQUEST']._serialized_start=903
+  _globals['_GETLOADREQUEST']._serialized_end=919
+  _globals['_GETLOADRESPONSE']._serialized_start=922
+  _globals['_GETLOADRESPONSE']._serialized_end=1134
+  _globals['_GETTOKENIZERFILESREQUEST']._serialized_start=1136
+  _globals['_GETTOKENIZERFILESREQUEST']._serialized_end=1184
+  _globals['_GETTOKENIZERFILESRESPONSE']._serialized_start=1187
+  _globals['_GETTOKENIZERFILESRESPONSE']._serialized_end=1333
+  _globals['_TOKENIZERMANIFEST']._serialized_start=1335
+  _globals['_TOKENIZERMANIFEST']._serialized_end=1417
+  _globals['_TOKENIZERFILE']._serialized_start=1419
+  _globals['_TOKENIZERFILE']._serialized_end=1484
+  _globals['_TOKENIZERFILECHUNK']._serialized_start=1486
+  _globals['_TOKENIZERFILECHUNK']._serialized_end=1540
+  _globals['_DRAINREQUEST']._serialized_start=1542
+  _globals['_DRAINREQUEST']._serialized_end=1600
+  _globals['_DRAINRESPONSE']._serialized_start=1602
+  _globals['_DRAINRESPONSE']._serialized_end=1670
+  _globals['_SERVERSERVICE']._serialized_start=1673
+  _globals['_SERVERSERVICE']._serialized_end=2046
 # @@protoc_insertion_point(module_scope)

@@ -17,7 +17,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_id", "server_version", "model_name", "kv_spec", "max_sequence_tokens", "max_message_bytes", "vocabulary_size", "eos_token_ids", "default_attention", "default_retention", "device", "attention_backend", "transports", "num_query_heads", "max_top_logits", "profile")
+    __slots__ = ("server_id", "server_version", "model_name", "kv_spec", "max_sequence_tokens", "max_message_bytes", "vocabulary_size", "eos_token_ids", "default_attention", "default_retention", "device", "attention_backend", "transports", "num_query_heads", "max_top_logits", "profile", "page_tokens", "tiers")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class GetServerInfoResponse(_message.Message):
     NUM_QUERY_HEADS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOP_LOGITS_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     server_version: str
     model_name: str
@@ -50,7 +52,9 @@ class GetServerInfoResponse(_message.Message):
     num_query_heads: int
     max_top_logits: int
     profile: ProfileInfo
-    def __init__(self, server_id: _Optional[str] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., max_sequence_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., default_retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_transfer_service_pb2.Transport, str]]] = ..., num_query_heads: _Optional[int] = ..., max_top_logits: _Optional[int] = ..., profile: _Optional[_Union[ProfileInfo, _Mapping]] = ...) -> None: ...
+    page_tokens: int
+    tiers: _containers.RepeatedScalarFieldContainer[_session_service_pb2.KvTier]
+    def __init__(self, server_id: _Optional[str] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., max_sequence_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_attention: _Optional[_Union[_session_service_pb2.AttentionOptions, _Mapping]] = ..., default_retention: _Optional[_Union[_session_service_pb2.RetentionPolicy, _Mapping]] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_kv_transfer_service_pb2.Transport, str]]] = ..., num_query_heads: _Optional[int] = ..., max_top_logits: _Optional[int] = ..., profile: _Optional[_Union[ProfileInfo, _Mapping]] = ..., page_tokens: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_session_service_pb2.KvTier, str]]] = ...) -> None: ...
 
 class ProfileInfo(_message.Message):
     __slots__ = ("name", "digest", "error_budgets")

@@ -13,28 +13,67 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class KvTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KV_TIER_UNSPECIFIED: _ClassVar[KvTier]
+    KV_TIER_DEVICE: _ClassVar[KvTier]
+    KV_TIER_HOST: _ClassVar[KvTier]
+    KV_TIER_DISK: _ClassVar[KvTier]
+    KV_TIER_SHARED: _ClassVar[KvTier]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_NONE: _ClassVar[Durability]
+    DURABILITY_ASYNC: _ClassVar[Durability]
+    DURABILITY_LOCAL: _ClassVar[Durability]
+    DURABILITY_SHARED: _ClassVar[Durability]
+
+class Pin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PIN_UNSPECIFIED: _ClassVar[Pin]
+    PIN_NONE: _ClassVar[Pin]
+    PIN_SOFT: _ClassVar[Pin]
+    PIN_HARD: _ClassVar[Pin]
+
 class SessionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SESSION_STATE_UNSPECIFIED: _ClassVar[SessionState]
     SESSION_STATE_BUSY: _ClassVar[SessionState]
     SESSION_STATE_PARTIAL: _ClassVar[SessionState]
     SESSION_STATE_READY: _ClassVar[SessionState]
+    SESSION_STATE_OFFLOADED: _ClassVar[SessionState]
 
 class AttentionMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ATTENTION_MODE_UNSPECIFIED: _ClassVar[AttentionMode]
     ATTENTION_MODE_SALE: _ClassVar[AttentionMode]
     ATTENTION_MODE_DENSE: _ClassVar[AttentionMode]
+KV_TIER_UNSPECIFIED: KvTier
+KV_TIER_DEVICE: KvTier
+KV_TIER_HOST: KvTier
+KV_TIER_DISK: KvTier
+KV_TIER_SHARED: KvTier
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_NONE: Durability
+DURABILITY_ASYNC: Durability
+DURABILITY_LOCAL: Durability
+DURABILITY_SHARED: Durability
+PIN_UNSPECIFIED: Pin
+PIN_NONE: Pin
+PIN_SOFT: Pin
+PIN_HARD: Pin
 SESSION_STATE_UNSPECIFIED: SessionState
 SESSION_STATE_BUSY: SessionState
 SESSION_STATE_PARTIAL: SessionState
 SESSION_STATE_READY: SessionState
+SESSION_STATE_OFFLOADED: SessionState
 ATTENTION_MODE_UNSPECIFIED: AttentionMode
 ATTENTION_MODE_SALE: AttentionMode
 ATTENTION_MODE_DENSE: AttentionMode
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "server_id", "state", "num_tokens", "kv_spec", "size_bytes", "create_time", "expire_time", "remaining_lease_duration", "generation", "token_digest", "retention", "attention", "labels")
+    __slots__ = ("session_id", "server_id", "state", "num_tokens", "kv_spec", "size_bytes", "create_time", "expire_time", "remaining_lease_duration", "generation", "token_digest", "retention", "attention", "labels", "tier", "durability")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +95,8 @@ class Session(_message.Message):
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     server_id: str
     state: SessionState
@@ -70,15 +111,21 @@ class Session(_message.Message):
     retention: RetentionPolicy
     attention: AttentionOptions
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, session_id: _Optional[str] = ..., server_id: _Optional[str] = ..., state: _Optional[_Union[SessionState, str]] = ..., num_tokens: _Optional[int] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., remaining_lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., generation: _Optional[int] = ..., token_digest: _Optional[bytes] = ..., retention: _Optional[_Union[RetentionPolicy, _Mapping]] = ..., attention: _Optional[_Union[AttentionOptions, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    tier: KvTier
+    durability: Durability
+    def __init__(self, session_id: _Optional[str] = ..., server_id: _Optional[str] = ..., state: _Optional[_Union[SessionState, str]] = ..., num_tokens: _Optional[int] = ..., kv_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., remaining_lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., generation: _Optional[int] = ..., token_digest: _Optional[bytes] = ..., retention: _Optional[_Union[RetentionPolicy, _Mapping]] = ..., attention: _Optional[_Union[AttentionOptions, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., tier: _Optional[_Union[KvTier, str]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class RetentionPolicy(_message.Message):
-    __slots__ = ("lease_duration", "sliding")
+    __slots__ = ("lease_duration", "sliding", "durability", "pin")
     LEASE_DURATION_FIELD_NUMBER: _ClassVar[int]
     SLIDING_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
     lease_duration: _duration_pb2.Duration
     sliding: bool
-    def __init__(self, lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sliding: _Optional[bool] = ...) -> None: ...
+    durability: Durability
+    pin: Pin
+    def __init__(self, lease_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., sliding: _Optional[bool] = ..., durability: _Optional[_Union[Durability, str]] = ..., pin: _Optional[_Union[Pin, str]] = ...) -> None: ...
 
 class AttentionOptions(_message.Message):
     __slots__ = ("mode", "threshold", "query_stride", "error_budget")

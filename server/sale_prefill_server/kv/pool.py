@@ -187,6 +187,19 @@ class SessionKv:
         """Views [1, num_kv_heads, num_tokens, head_dim] of one layer's K and V."""
         return self._keys[layer][:, :, :num_tokens], self._values[layer][:, :, :num_tokens]
 
+    def segments(self, layer: int, kind: int, start: int, end: int) -> list[torch.Tensor]:
+        """Tokens [start, end) of one layer's K (`kind` 0) or V (1), as views [n, num_kv_heads, head_dim] in order."""
+        return [(self._keys, self._values)[kind][layer][0, :, start:end].transpose(0, 1)]
+
+    def write(self, layer: int, kind: int, start: int, values: torch.Tensor) -> None:
+        """Puts [n, num_kv_heads, head_dim], on any device, at tokens from `start` on; `extend_to` counts them.
+
+        Raises:
+            ValueError: past what was reserved.
+        """
+        self._make_room(layer, start + values.shape[0])
+        (self._keys, self._values)[kind][layer][0, :, start : start + values.shape[0]] = values.transpose(0, 1)
+
     def truncate(self, num_tokens: int) -> None:
         """Forgets tokens from `num_tokens` on, in every layer."""
         self._lengths = [min(length, num_tokens) for length in self._lengths]

@@ -35,6 +35,11 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.NOT_IMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
     Reason.ENGINE_FAILED: grpc.StatusCode.INTERNAL,
+    Reason.CHECKSUM_MISMATCH: grpc.StatusCode.DATA_LOSS,
+    Reason.KV_SPEC_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.TRANSFER_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    Reason.PIN_QUOTA: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
 }
 
 
