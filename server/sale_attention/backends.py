@@ -209,7 +209,6 @@ class AttentionBackend(ABC):
             if call.keys.centre_tokens:
                 codes.centre.copy_(self.key_centre(kv, call.config))
             self.quantise_key_range(kv, call.config, call.keys.start, codes)
-        codes = codes.gathered(kv.tokens, call.config.key_block)
         with call.phase("sink_local"):
             log_tau = call.policy.log_tau(query.device)
             query_codes, thresholds = self.prepare_rows(

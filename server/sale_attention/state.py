@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,34 @@ if TYPE_CHECKING:
     from .backends import AttentionBackend
 
 
+class PagedCodes(Protocol):
+    """Room for the key codes of one layer of one session, page for page beside its KV.
+
+    Attributes:
+        codes: int8 `[pages, Hkv, page_tokens, d]`.
+        scales: float32 `[pages, Hkv, page_tokens / 32]`.
+        page_table: int64 `[1, pages per sequence]`, with pages for all tokens of the KV.
+    """
+
+    @property
+    def codes(self) -> Tensor: ...
+
+    @property
+    def scales(self) -> Tensor: ...
+
+    @property
+    def page_table(self) -> Tensor: ...
+
+
 class LayerState:
     """Key centre, codes and scales of one layer of one session, extended as the KV grows.
 
     Only whole key blocks stay; the partial block at the end is quantised again by the next call. Starts blank and
     takes its shape from the first keys it sees. Cutting a session's KV back must be followed by `truncate`, since
     the state cannot see that positions were overwritten.
+
+    Args:
+        pages: where codes go; memory of its own where left out.
     """
 
     _centre: Tensor | None
@@ -30,7 +52,8 @@ class LayerState:
     _code_bits: int
     _tokens: int
 
-    def __init__(self) -> None:
+    def __init__(self, pages: PagedCodes | None = None) -> None:
+        self._pages = pages
         self.clear()
 
     @property
@@ -58,12 +81,26 @@ class LayerState:
         self._tokens = min(self._tokens, max(0, tokens))
 
     def clone(self) -> LayerState:
-        """An independent copy, for a fork of the session."""
+        """An independent copy, for a fork of a session whose codes are not in pages."""
         copy = LayerState()
         copy.__dict__.update(
             {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
         )
         return copy
+
+    def fork(self, pages: PagedCodes, tokens: int) -> LayerState:
+        """The state of a session that has this one's first `tokens` tokens, its codes among them, in `pages`."""
+        child = LayerState(pages)
+        if tokens >= self._centre_from_keys:
+            child._centre, child._centre_from_keys = self._centre, self._centre_from_keys
+            child._code_bits = self._code_bits
+            child._tokens = min(self._tokens, tokens)
+        return child
+
+    def adopt(self, tokens: int, config: SaleConfig) -> None:
+        """The pages hold final codes for their first `tokens` tokens, made with the centre that these keys give."""
+        self._tokens = tokens // config.key_block * config.key_block
+        self._code_bits = config.code_bits
 
     def update(self, kv: KvView, policy: LayerPolicy, config: SaleConfig, backend: AttentionBackend) -> KeyCodes:
         """Quantise what is new in `kv` and return the codes of all of it (views, valid until the next call).
@@ -95,9 +132,12 @@ class LayerState:
             centre = _empty_centre(kv) if given is None else _spread(given, kv)
         else:
             self._check_same_session(centre, kv, config)
-        codes, scales = self._reserve(kv, config)
         start = min(self._tokens, kv.tokens) // config.key_block * config.key_block
-        return KeyExtension(KeyCodes(codes, scales, centre), start, centre_tokens)
+        if self._pages is not None:
+            codes = KeyCodes(self._pages.codes, self._pages.scales, centre, self._pages.page_table)
+        else:
+            codes = KeyCodes(*self._reserve(kv, config), centre)
+        return KeyExtension(codes, start, centre_tokens)
 
     def accept(self, extension: KeyExtension, kv: KvView, config: SaleConfig) -> None:
         """The codes of `extension` were written for all of `kv`."""

@@ -53,6 +53,8 @@ class AttentionContext:
         backend: name of the attention backend.
         audit: looks at tiles of sparse rows; changes no result.
         decode: the pass is one decode step over caches that return all of their capacity; lengths are on the device.
+        page_table: int64 `[B, pages]` where caches return pages `[pages, Hkv, page_tokens, d]`, as in `KvView`.
+        tokens: with a page table, keys that each sequence has when this pass is done.
     """
 
     config: SaleConfig = field(default_factory=SaleConfig)
@@ -65,6 +67,12 @@ class AttentionContext:
     backend: str = AUTO
     audit: Audit | None = None
     decode: DecodeStep | None = None
+    page_table: Tensor | None = None
+    tokens: int = 0
+
+    def view(self, key: Tensor, value: Tensor) -> KvView:
+        """What a layer's cache returned."""
+        return KvView(key, value) if self.page_table is None else KvView(key, value, self.page_table, self.tokens)
 
 
 _DEFAULT_CONTEXT = AttentionContext()
@@ -145,8 +153,8 @@ def sale_attention_forward(
     Args:
         module: the model's attention layer; its `layer_idx` picks policy and state.
         query: `[B, H, Nq, d]` after rotary embedding.
-        key: `[B, Hkv, Nk, d]`, past and present.
-        value: `[B, Hkv, Nk, d_v]`.
+        key: `[B, Hkv, Nk, d]`, past and present; pages where the context has a page table.
+        value: `[B, Hkv, Nk, d_v]`, or pages.
         attention_mask: None for plain causal attention; else a 4D mask, which sends the call to SDPA.
         dropout: training only; sends the call to SDPA.
         scaling: softmax scale.
@@ -165,27 +173,27 @@ def sale_attention_forward(
     layer = getattr(module, "layer_idx", 0)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if context.decode is not None:
-        window = _active_window(module, key, sliding_window)
+        window = _active_window(module, context.decode.view(key, value).tokens, sliding_window)
         if attention_mask is not None or not causal or dropout > 0 or window is not None:
             raise ValueError("a decode step with lengths on the device knows no mask, dropout or sliding window")
         output = _decode(context.decode, query, key, value, scaling)
     elif attention_mask is not None or not causal or dropout > 0 or kwargs.get("position_bias") is not None:
-        if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        kv = context.view(key, value).gathered()
+        if attention_mask is None and causal and 1 < query.shape[2] < kv.tokens:
             raise ValueError(
                 f'attn_implementation="{NAME}" has neither dropout nor position bias for {query.shape[2]} rows behind '
-                f'a cache of {key.shape[2] - query.shape[2]} tokens; use attn_implementation="eager"'
+                f'a cache of {kv.tokens - query.shape[2]} tokens; use attn_implementation="eager"'
             )
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            module, query, kv.keys, kv.values, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         if context.statistics is not None:
             batch, heads, rows, _ = query.shape
             context.statistics.count_rows(rows, batch * heads)
             context.statistics.count_dense(rows, batch * heads, "unsupported", "mask, dropout or no causality")
     else:
-        output = _attend(
-            context, layer, query, KvView(key, value), scaling, _active_window(module, key, sliding_window)
-        )
+        kv = context.view(key, value)
+        output = _attend(context, layer, query, kv, scaling, _active_window(module, kv.tokens, sliding_window))
     if context.on_layer is not None:
         context.on_layer(layer)
     return output, None
@@ -220,7 +228,7 @@ def _decode(step: DecodeStep, query: Tensor, key: Tensor, value: Tensor, scaling
     return decode_attention(query, kv, step.lengths, scale=scaling, return_lse=False).output.transpose(1, 2)
 
 
-def _active_window(module: nn.Module, key: Tensor, sliding_window: int | None) -> int | None:
+def _active_window(module: nn.Module, tokens: int, sliding_window: int | None) -> int | None:
     """The layer's window if a sequence of this model can outgrow it.
 
     Decided by the model's config, not by today's length, so that a prompt's first rows do not change when it grows.
@@ -228,7 +236,7 @@ def _active_window(module: nn.Module, key: Tensor, sliding_window: int | None) -
     if sliding_window is None:
         return None
     longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    outgrown = longest is None or longest > sliding_window or key.shape[2] > sliding_window
+    outgrown = longest is None or longest > sliding_window or tokens > sliding_window
     return sliding_window if outgrown else None
 
 

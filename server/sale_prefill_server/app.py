@@ -50,7 +50,7 @@ from sale_prefill_server.engine.model import LoadedModel, choose_device, load_mo
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.events import EventBus, GuardLooked
-from sale_prefill_server.kv.pool import KvPool
+from sale_prefill_server.kv.pool import KvCapacityError, KvPool
 from sale_prefill_server.models import resolve_model
 from sale_prefill_server.models.tokenizer_files import find_tokenizer_files
 from sale_prefill_server.observability.metrics import Metrics
@@ -193,7 +193,7 @@ class Server:
             geometry = profile.geometry.applied_to(geometry)
         engine = Engine(
             model,
-            KvPool(model.kv_shape, capacity_bytes),
+            _pool(model, capacity_bytes),
             AttentionSettings(
                 AttentionMode(config.attention),
                 config.threshold,
@@ -300,6 +300,7 @@ class Server:
         at_scrape(metrics.running_requests, lambda: scheduler.load().running_requests)
         at_scrape(metrics.queued_tokens, lambda: scheduler.load().queued_tokens)
         at_scrape(metrics.kv_used_bytes.labels("device"), lambda: engine.pool.used_bytes)
+        at_scrape(metrics.kv_kept_bytes.labels("device"), lambda: engine.pool.kept_bytes)
         at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
         for state in SessionState:
             at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
@@ -430,6 +431,16 @@ def _with_context_limit(model: LoadedModel, limit: int) -> LoadedModel:
     if not limit or limit >= model.max_sequence_tokens:
         return model
     return replace(model, max_sequence_tokens=limit)
+
+
+def _pool(model: LoadedModel, capacity_bytes: int) -> KvPool:
+    try:
+        return KvPool(model.kv_shape, capacity_bytes)
+    except KvCapacityError as error:
+        raise ConfigError(
+            f"kv_memory: {capacity_bytes} bytes hold no page of {model.kv_shape.page_bytes} bytes, or are more than "
+            f"{model.device} can give ({error}); choose another --kv-memory"
+        ) from error
 
 
 def _automatic_kv_bytes(model: LoadedModel) -> int:

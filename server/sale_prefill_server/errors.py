@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+from sale_prefill_server.kv.pool import KvCapacityError
+
 
 class Reason(StrEnum):
     """Machine-readable cause: the names of `ErrorReason` in proto/sale_prefill/v1/error.proto, less the prefix."""
@@ -68,3 +70,14 @@ class PrefillError(Exception):
 def invalid_field(field: str, message: str) -> PrefillError:
     """An `INVALID_FIELD` error; `message` says what is wrong with `field` and what would be right."""
     return PrefillError(Reason.INVALID_FIELD, f"{field}: {message}", field=field)
+
+
+def kv_capacity(error: KvCapacityError) -> PrefillError:
+    """A `KV_CAPACITY` error: the request does not fit the KV memory."""
+    return PrefillError(
+        Reason.KV_CAPACITY,
+        f"the request needs {error.needed_bytes} bytes of KV more, {error.free_bytes} are free: delete sessions, or "
+        "give the server more --kv-memory",
+        metadata={"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes},
+        retry_after_seconds=1.0,
+    )

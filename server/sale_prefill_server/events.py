@@ -16,10 +16,11 @@ class PrefillChunkDone:
 
 @dataclass(frozen=True)
 class PrefillWork:
-    """What prefilling some tokens took, once finished or stopped."""
+    """What prefilling some tokens took, once finished or stopped. `prefix_tokens` are cached ones of other sessions."""
 
     computed_tokens: int
     cached_tokens: int
+    prefix_tokens: int
     prompt_tokens: int
     queue_seconds: float
     compute_seconds: float

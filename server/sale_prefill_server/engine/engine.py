@@ -19,6 +19,7 @@ from sale_prefill_server.engine.model import LoadedModel
 from sale_prefill_server.engine.report import ProfileReport
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
 from sale_prefill_server.kv.pool import KvPool
+from sale_prefill_server.kv.prefix import chain_root
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class Engine:
         self._backend_name = attention_backend
         self._backend = get_backend(attention_backend, model.device)
         self._has_crossover = crossover
-        self._graphs = GraphDecoder(model) if decode_graphs and model.device.type == "cuda" else None
+        self._reads_pages: bool | None = None
+        self._graphs = GraphDecoder(model, pool) if decode_graphs and model.device.type == "cuda" else None
 
     @property
     def attention_backend(self) -> str:
@@ -82,12 +84,29 @@ class Engine:
             return None
         return "build" if self._backend.description == "reference" else "shape"
 
-    def open(self, settings: AttentionSettings) -> Sequence:
-        """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life."""
+    def open(self, settings: AttentionSettings, tenant: str = "") -> Sequence:
+        """An empty sequence; the caller owns it. Where its rows turn sparse is decided here, for its whole life.
+
+        Its KV can be shared with sequences of the same `tenant` alone.
+        """
         policies = self._policies(settings)
         if self.guard is not None and self._is_expected(settings):
             policies = self.guard.adjusted(policies)
-        return Sequence(self.pool.create(), settings, self.geometry(settings), policies, self.level(settings))
+        config = self.geometry(settings)
+        root = self._chain_root(tenant, settings, config, policies)
+        return Sequence(self.pool.create(), settings, config, policies, self.level(settings), root)
+
+    def _chain_root(
+        self, tenant: str, settings: AttentionSettings, config: SaleConfig, policies: list[LayerPolicy]
+    ) -> bytes:
+        """Of all that KV depends on beside tokens. Policies count as they are, so a fallback of the guard shows."""
+        parts: list[str | bytes] = [tenant, self.model.fingerprint, self.model.rope_fingerprint, settings.mode]
+        if settings.mode is not AttentionMode.DENSE:
+            parts += [repr(config), self.attention_backend]
+            for policy in policies:
+                parts += [policy.tau.numpy().tobytes(), policy.query_stride.numpy().tobytes()]
+                parts.append(b"" if policy.key_centre is None else policy.key_centre.float().cpu().numpy().tobytes())
+        return chain_root(*parts)
 
     def _is_expected(self, settings: AttentionSettings) -> bool:
         """Whether the server said what heads do, not the caller: then the guard knows what they should lose."""
@@ -216,8 +235,7 @@ class Engine:
             backend=self._backend_name,
             audit=audit,
         )
-        with attention_context(context):
-            return self._forward(sequence, token_ids)
+        return self._forward(sequence, token_ids, context)
 
     @torch.inference_mode()
     def decode_token(self, sequence: Sequence, token_id: int) -> torch.Tensor:
@@ -225,14 +243,25 @@ class Engine:
         logits = None if self._graphs is None else self._graphs.decode(sequence, token_id)
         if logits is not None:
             return logits
-        with attention_context(AttentionContext(config=sequence.config, dense=True)):
-            return self._forward(sequence, [token_id])
+        return self._forward(sequence, [token_id], AttentionContext(config=sequence.config, dense=True))
 
-    def _forward(self, sequence: Sequence, token_ids: TokenIds[int]) -> torch.Tensor:
+    def _forward(self, sequence: Sequence, token_ids: TokenIds[int], context: AttentionContext) -> torch.Tensor:
         input_ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.model.device)
-        output = self.model.module(
-            input_ids=input_ids, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1
-        )
+        sequence.cache.gather(not self._reads_pages)
+        layers: set[int] = set()
+        if self._reads_pages is None:
+            context = replace(context, on_layer=_noting(layers, context.on_layer))
+        elif self._reads_pages:
+            tokens = sequence.num_tokens + len(token_ids)
+            context = replace(context, page_table=sequence.kv.page_table, tokens=tokens)
+        with attention_context(context):
+            output = self.model.module(
+                input_ids=input_ids, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1
+            )
+        if self._reads_pages is None:
+            self._reads_pages = len(layers) == self.model.kv_shape.num_layers
+            if not self._reads_pages:
+                logger.warning("the model has attention of its own: it is dense, and KV is copied for it in every step")
         logits: torch.Tensor = output.logits[0, -1]
         return logits.float().cpu()
 
@@ -255,3 +284,12 @@ class Engine:
         finally:
             sequence.release()
         return time.perf_counter() - started
+
+
+def _noting(layers: set[int], on_layer: Callable[[int], None] | None) -> Callable[[int], None]:
+    def note(layer: int) -> None:
+        layers.add(layer)
+        if on_layer is not None:
+            on_layer(layer)
+
+    return note

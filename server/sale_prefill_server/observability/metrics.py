@@ -133,6 +133,9 @@ class Metrics:
         )
         self.lease_renewals = self._counter("lease_renewals", "Lease renewals asked for.", "result")
         self.kv_used_bytes = self._gauge("kv_used_bytes", "Bytes of KV in use.", "tier")
+        self.kv_kept_bytes = self._gauge(
+            "kv_kept_bytes", "Bytes of KV that no session holds, kept for prompts that begin the same.", "tier"
+        )
         self.kv_capacity_bytes = self._gauge("kv_capacity_bytes", "Bytes of KV there are.", "tier")
         self.transfer_bytes = self._counter("kv_transfer_bytes", "KV bytes moved.", "transport", "direction")
         self.transfer_seconds = self._histogram(
@@ -172,7 +175,7 @@ class Metrics:
             histogram.labels(name)
         label_values: list[tuple[Counter | Gauge, Iterable[str]]] = [
             (self.rejections, [reason.value for reason in Reason]),
-            (self.tokens, ("computed", "session")),
+            (self.tokens, ("computed", "session", "prefix")),
             (self.wasted_tokens, ("cancelled", "error")),
             (self.phase_seconds, PHASES),
             (self.blocks, ("computed", "skipped")),
@@ -182,6 +185,7 @@ class Metrics:
             (self.session_ends, SESSION_ENDS),
             (self.lease_renewals, ("renewed", "missing")),
             (self.kv_used_bytes, ("device",)),
+            (self.kv_kept_bytes, ("device",)),
             (self.kv_capacity_bytes, ("device",)),
         ]
         for metric, values in label_values:
@@ -262,7 +266,8 @@ class Metrics:
         self.prefill_seconds.labels(name).observe(work.compute_seconds)
         self.prompt_tokens.labels(name).observe(work.prompt_tokens)
         self.tokens.labels("computed").inc(work.computed_tokens)
-        self.tokens.labels("session").inc(work.cached_tokens)
+        self.tokens.labels("session").inc(work.cached_tokens - work.prefix_tokens)
+        self.tokens.labels("prefix").inc(work.prefix_tokens)
         for phase, seconds in work.phase_seconds.items():
             self.phase_seconds.labels(phase).inc(seconds)
         self.blocks.labels("computed").inc(work.computed_blocks)

@@ -146,6 +146,7 @@ class Converter:
             on_interrupt=interrupt_policy(request.on_interrupt),
             num_top_logits=_at_most("num_top_logits", top, MAX_TOP_LOGITS),
             labels=labels_of(request.labels),
+            reuse_prefix=request.prefix_reuse != prefill_service_pb2.PREFIX_REUSE_OFF,
         )
 
     def decode_command(self, request: prefill_service_pb2.DecodeRequest, tenant: str) -> DecodeCommand:
@@ -303,6 +304,7 @@ class Converter:
             attention_backend=report.backend,
             profile=None if report.profile is None else _profile_stats(report.profile),
             guard=None if report.guard is None else _guard_stats(report.guard),
+            prefix_tokens=report.prefix_tokens,
         )
 
     def decode_result(self, done: DecodeDone) -> prefill_service_pb2.DecodeResult:

@@ -13,6 +13,7 @@ from sale_prefill.v1 import kv_transfer_service_pb2, server_service_pb2_grpc
 from sale_prefill.v1 import server_service_pb2 as pb
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.errors import PrefillError, Reason
+from sale_prefill_server.kv.pool import PAGE_TOKENS
 from sale_prefill_server.models.tokenizer_files import TokenizerFiles
 from sale_prefill_server.rpc.convert import MAX_TOP_LOGITS, Converter, attention_message, retention_message
 from sale_prefill_server.scheduler.scheduler import Scheduler
@@ -72,6 +73,7 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
             num_query_heads=model.num_query_heads,
             max_top_logits=MAX_TOP_LOGITS,
             profile=None if self._engine.profile is None else _profile_info(self._engine.profile),
+            page_tokens=PAGE_TOKENS,
         )
 
     async def GetLoad(  # noqa: N802

@@ -1,13 +1,15 @@
-"""SessionService: get, list, renew, update, delete."""
+"""SessionService: get, list, renew, update, fork, delete."""
 
 from __future__ import annotations
+
+import asyncio
 
 import grpc
 
 from sale_prefill.v1 import session_service_pb2 as pb
 from sale_prefill.v1 import session_service_pb2_grpc
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
-from sale_prefill_server.rpc.convert import Converter, labels_of, required_identifier, seconds_of
+from sale_prefill_server.rpc.convert import Converter, identifier, labels_of, required_identifier, seconds_of
 from sale_prefill_server.rpc.interceptor import current_caller
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
@@ -19,7 +21,7 @@ _UPDATABLE = ("retention", "retention.lease_duration", "retention.sliding", "lab
 
 
 class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
-    """Serves the session calls; ForkSession is not in this release."""
+    """Serves the session calls."""
 
     def __init__(
         self, manager: SessionManager, scheduler: Scheduler, converter: Converter, max_lease_seconds: float
@@ -101,8 +103,13 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     async def ForkSession(  # noqa: N802
         self, request: pb.ForkSessionRequest, context: grpc.aio.ServicerContext
     ) -> pb.ForkSessionResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "ForkSession is not in this release: prefill the prefix again")
+        """A child that shares the parent's pages."""
+        parent = self._manager.get(current_caller().tenant, required_identifier("session_id", request.session_id))
+        retention = self._converter.retention(request.retention) if request.HasField("retention") else None
+        new_id = identifier("new_session_id", request.new_session_id)
+        # Off the loop: the last page is copied.
+        child = await asyncio.to_thread(self._manager.fork, parent, new_id, request.num_tokens, retention)
+        return pb.ForkSessionResponse(session=self._converter.session(self._manager.describe(child)))
 
     async def DeleteSession(  # noqa: N802
         self, request: pb.DeleteSessionRequest, context: grpc.aio.ServicerContext

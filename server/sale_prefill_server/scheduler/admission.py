@@ -10,7 +10,7 @@ import numpy as np
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.sampling import Sampler
 from sale_prefill_server.engine.sequence import AttentionSettings
-from sale_prefill_server.errors import PrefillError, Reason, invalid_field
+from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, RequestFinished
 from sale_prefill_server.kv.pool import KvCapacityError
 from sale_prefill_server.scheduler.decode_task import DecodeTask
@@ -103,6 +103,11 @@ class Admission:
         if not task.resumable:
             return False
         self._manager.check_out(task.session)
+        try:
+            self._reserve_room(task.session, task.room_tokens)
+        except PrefillError:
+            self._undo(task.session, created=False)
+            raise
         task.reopen(self._accepted(task.session, task.remaining_tokens))
         self._scheduler.add(task)
         return True
@@ -154,23 +159,29 @@ class Admission:
         else:
             self._check_out(session, command)
             created = False
-        try:
-            self._check_settings(session, command.attention)
-            accepted = self._reserve(session, len(command.token_ids), extra_tokens=0)
-        except PrefillError:
-            self._undo(session, created)
-            raise
-        return PrefillTask(
+        total_tokens = session.num_tokens + len(command.token_ids)
+        task = PrefillTask(
             self._engine,
             self._manager,
             self._events,
             session,
-            Job(accepted),
+            Job(self._accepted(session, len(command.token_ids))),
             token_ids=command.token_ids,
             on_interrupt=command.on_interrupt,
             created=created,
+            reuses_prefix=command.reuse_prefix,
             num_top_logits=command.num_top_logits,
         )
+        try:
+            self._check_length(total_tokens)
+            self._check_settings(session, command.attention)
+            task.adopt_prefix()
+            self._reserve_room(session, total_tokens)
+        except PrefillError:
+            self._undo(session, created)
+            raise
+        task.job.admit(self._accepted(session, total_tokens - session.num_tokens))
+        return task
 
     def _new_decode(self, command: DecodeCommand) -> Task:
         session = self._manager.get(command.tenant, command.session_id)
@@ -179,7 +190,8 @@ class Admission:
             total_tokens = session.num_tokens + len(command.token_ids)
             room = self._engine.model.max_sequence_tokens - total_tokens
             self._check_length(total_tokens + 1)
-            accepted = self._reserve(session, len(command.token_ids), extra_tokens=min(command.max_new_tokens, room))
+            self._reserve_room(session, total_tokens + min(command.max_new_tokens, room))
+            accepted = self._accepted(session, len(command.token_ids))
         except PrefillError:
             self._undo(session, created=False)
             raise
@@ -218,7 +230,7 @@ class Admission:
     def _create(self, command: PrefillCommand) -> Session:
         settings = command.attention or self._engine.defaults
         retention = command.retention or self._default_retention
-        sequence = self._engine.open(settings)
+        sequence = self._engine.open(settings, command.tenant)
         return self._manager.create(command.tenant, command.session_id, sequence, retention, command.labels)
 
     def _check_out(self, session: Session, command: PrefillCommand | DecodeCommand) -> None:
@@ -244,20 +256,11 @@ class Admission:
                 field="attention",
             )
 
-    def _reserve(self, session: Session, new_tokens: int, *, extra_tokens: int) -> Accepted:
-        total_tokens = session.num_tokens + new_tokens
-        self._check_length(total_tokens)
+    def _reserve_room(self, session: Session, total_tokens: int) -> None:
         try:
-            session.sequence.kv.reserve(total_tokens + extra_tokens)
+            session.sequence.kv.reserve(total_tokens)
         except KvCapacityError as error:
-            raise PrefillError(
-                Reason.KV_CAPACITY,
-                f"{total_tokens + extra_tokens} tokens need {error.needed_bytes} bytes of KV more, "
-                f"{error.free_bytes} are free: delete sessions, or give the server more --kv-memory",
-                metadata={"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes},
-                retry_after_seconds=1.0,
-            ) from error
-        return self._accepted(session, new_tokens)
+            raise kv_capacity(error) from error
 
     def _accepted(self, session: Session, new_tokens: int) -> Accepted:
         load = self._scheduler.load()

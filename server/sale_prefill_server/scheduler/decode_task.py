@@ -36,6 +36,11 @@ class DecodeTask(Task):
         """True until the appended tokens are in."""
         return self._append.remaining_tokens > 0
 
+    @property
+    def room_tokens(self) -> int:
+        """The appended tokens and those to be decoded."""
+        return min(self._append.end + self._max_new_tokens, self._engine.model.max_sequence_tokens)
+
     def _step(self) -> bool:
         if self.prefilling:
             self._append.step(self.job)
@@ -70,6 +75,7 @@ class DecodeTask(Task):
     def _recompute_last_logits(self) -> None:
         session = self.session
         session.sequence.truncate(session.num_tokens - 1)
+        session.sequence.kv.reserve(self.room_tokens)
         session.last_logits = self._engine.decode_token(session.sequence, session.tokens[-1])
 
     def _outcome(self, session: SessionInfo) -> DecodeDone:

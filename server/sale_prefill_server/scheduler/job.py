@@ -60,6 +60,11 @@ class Job:
         """Time from admission to the first step, so far."""
         return (self.started_seconds or time.monotonic()) - self.admitted_seconds
 
+    def admit(self, accepted: Accepted) -> None:
+        """Replaces the first event, before anybody follows."""
+        self.accepted = accepted
+        self._progress = (accepted.cached_tokens, 0.0)
+
     def cancel(self) -> None:
         """Marks the job as unwanted, whoever follows it."""
         self._cancelled = True

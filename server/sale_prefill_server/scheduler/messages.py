@@ -24,7 +24,8 @@ class PrefillCommand:
     """A request to append `token_ids` to a session, or to create one.
 
     `session_id` is empty for a fresh id; `attention` and `retention` are None for the server's defaults;
-    `expected_prefix_tokens` is None for no guard.
+    `expected_prefix_tokens` is None for no guard. With `reuse_prefix`, a new session takes KV that the tenant's other
+    sessions hold for the tokens it begins with.
     """
 
     tenant: str
@@ -37,6 +38,7 @@ class PrefillCommand:
     on_interrupt: InterruptPolicy = InterruptPolicy.KEEP
     num_top_logits: int = 20
     labels: Mapping[str, str] = field(default_factory=dict)
+    reuse_prefix: bool = True
 
 
 @dataclass(frozen=True)

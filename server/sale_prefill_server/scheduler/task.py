@@ -11,8 +11,9 @@ from sale_attention import Audit
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.guard import GuardReport
 from sale_prefill_server.engine.report import PrefillReport, make_report
-from sale_prefill_server.errors import PrefillError, Reason
+from sale_prefill_server.errors import PrefillError, Reason, kv_capacity
 from sale_prefill_server.events import EventBus, PrefillChunkDone, PrefillWork, RequestFinished
+from sale_prefill_server.kv.pool import KvCapacityError
 from sale_prefill_server.scheduler.job import Job, StoppedError
 from sale_prefill_server.scheduler.messages import Accepted, DecodeDone, InterruptPolicy, PrefillDone
 from sale_prefill_server.sessions.manager import SessionManager
@@ -22,9 +23,20 @@ logger = logging.getLogger(__name__)
 
 
 class Append:
-    """Prefill of `token_ids` at the end of a session, chunk by chunk."""
+    """Prefill of `token_ids` at the end of a session, chunk by chunk.
 
-    def __init__(self, engine: Engine, events: EventBus, session: Session, token_ids: Sequence[int]) -> None:
+    With `reuses_prefix`, a session that holds nothing else takes KV from others wherever they are ahead of it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        events: EventBus,
+        session: Session,
+        token_ids: Sequence[int],
+        *,
+        reuses_prefix: bool = False,
+    ) -> None:
         self._engine = engine
         self._events = events
         self._session = session
@@ -33,6 +45,8 @@ class Append:
         self._audit: Audit | None = None
         self._guard_report: GuardReport | None = None
         self._compute_seconds = 0.0
+        self._reuses_prefix = reuses_prefix and session.num_tokens == 0
+        self.prefix_tokens = 0
         self.start = session.num_tokens
         self.end = self.start + len(token_ids)
 
@@ -41,15 +55,29 @@ class Append:
         """Tokens still to compute."""
         return max(0, self.end - self._session.num_tokens)  # a decode grows the session past the appended tokens
 
+    def adopt_prefix(self, *, copies: bool) -> None:
+        """Takes what other sessions hold of the tokens still to compute; see `Sequence.adopt`.
+
+        Raises:
+            KvCapacityError: what they hold must be copied, and there is no room.
+        """
+        if self._reuses_prefix:
+            before = self._session.num_tokens
+            gained = self._session.sequence.adopt(self._token_ids, copies=copies)
+            self.prefix_tokens += gained
+            self._session.extend(self._token_ids[before : before + gained], None)
+
     def step(self, job: Job) -> None:
         """Computes the next chunk.
 
         Raises:
             StoppedError: nobody wants the job any more; the session holds whole chunks only.
+            KvCapacityError: as `adopt_prefix`.
         """
+        self.adopt_prefix(copies=True)
         session, position = self._session, self._session.num_tokens
-        if position == self.start:
-            self._audit = self._engine.begin_audit(session.sequence, self.start, self.end)
+        if position == self.start + self.prefix_tokens:
+            self._audit = self._engine.begin_audit(session.sequence, position, self.end)
         boundary = self._engine.next_boundary(position, self.end)
         chunk = self._token_ids[position - self.start : boundary - self.start]
         started = time.perf_counter()
@@ -88,8 +116,9 @@ class Append:
             self._statistics,
             queue_seconds=queue_seconds,
             compute_seconds=self._compute_seconds,
-            computed_tokens=min(self._session.num_tokens, self.end) - self.start,
-            cached_tokens=self.start,
+            computed_tokens=min(self._session.num_tokens, self.end) - self.start - self.prefix_tokens,
+            cached_tokens=self.start + self.prefix_tokens,
+            prefix_tokens=self.prefix_tokens,
             backend=self._engine.attention_backend,
             profile=self._engine.profile_report(self._session.sequence),
             guard=self._guard_report,
@@ -107,6 +136,7 @@ class Task(ABC):
         job: where events go.
         on_interrupt: what to do with the session when the job is stopped.
         created: this request made the session.
+        reuses_prefix: a session that it made takes KV from others.
     """
 
     kind: str
@@ -122,6 +152,7 @@ class Task(ABC):
         token_ids: Sequence[int],
         on_interrupt: InterruptPolicy,
         created: bool,
+        reuses_prefix: bool = False,
     ) -> None:
         self.session = session
         self.job = job
@@ -130,7 +161,7 @@ class Task(ABC):
         self._events = events
         self._on_interrupt = on_interrupt
         self._created = created
-        self._append = Append(engine, events, session, token_ids)
+        self._append = Append(engine, events, session, token_ids, reuses_prefix=created and reuses_prefix)
         self._stopped_generation: int | None = None
 
     @property
@@ -163,6 +194,9 @@ class Task(ABC):
         except PrefillError as error:
             self._fail(error)
             return True
+        except KvCapacityError as error:
+            self._fail(kv_capacity(error))
+            return True
         except Exception as error:
             logger.exception("%s of session %s failed", self.kind, self.session.session_id)
             self._fail(
@@ -175,6 +209,15 @@ class Task(ABC):
         if over:
             self._finish()
         return over
+
+    def adopt_prefix(self) -> None:
+        """Takes KV that other sessions hold, as far as that is quick."""
+        self._append.adopt_prefix(copies=False)
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens that the session needs room for until the task is over."""
+        return self._append.end
 
     def reopen(self, accepted: Accepted) -> None:
         """Goes on after a stop; the caller has checked the session out again."""
@@ -236,6 +279,7 @@ class Task(ABC):
         work = PrefillWork(
             computed_tokens=report.computed_tokens,
             cached_tokens=report.cached_tokens,
+            prefix_tokens=report.prefix_tokens,
             prompt_tokens=self._append.end,
             queue_seconds=queue_seconds,
             compute_seconds=report.compute_seconds,

@@ -9,8 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from sale_prefill_server.engine.sequence import Sequence as EngineSequence
-from sale_prefill_server.errors import PrefillError, Reason
+from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, LeaseRenewed, SessionChanged
+from sale_prefill_server.kv.pool import KvCapacityError
 from sale_prefill_server.sessions.session import Retention, Session, SessionInfo, SessionState
 
 #: Ids of ended sessions that are remembered, to tell an expired session from an unknown one.
@@ -116,6 +117,7 @@ class SessionManager:
         """
         with self._lock:
             session.state = state
+            session.sequence.kv.trim()
             now = self._clock()
             lease_end = now + session.retention.lease_seconds
             if session.deadline_seconds is None:
@@ -141,6 +143,37 @@ class SessionManager:
                 session.deadline_seconds = max(session.deadline_seconds or 0.0, self._clock() + wanted)
         return session
 
+    def fork(self, parent: Session, session_id: str, num_tokens: int, retention: Retention | None) -> Session:
+        """A new session of the parent's first `num_tokens` tokens (0: all), idle, its lease begun. Pages are shared.
+
+        Raises:
+            PrefillError: the parent is busy or shorter, the id is taken, or there is no page for the copy.
+        """
+        with self._lock:
+            if session_id and self.find(parent.tenant, session_id) is not None:
+                raise _taken(session_id)
+            if num_tokens > parent.num_tokens:
+                raise invalid_field("num_tokens", f"{num_tokens} of a session that holds {parent.num_tokens} tokens")
+            self.check_out(parent)
+        try:
+            child = self._forked(parent, session_id, num_tokens or parent.num_tokens, retention)
+        except KvCapacityError as error:
+            raise kv_capacity(error) from error
+        finally:
+            self.check_in(parent, parent.state_before_busy or SessionState.READY)
+        self.check_in(child, SessionState.READY)
+        return child
+
+    def _forked(self, parent: Session, session_id: str, num_tokens: int, retention: Retention | None) -> Session:
+        sequence = parent.sequence.fork(num_tokens)
+        try:
+            child = self.create(parent.tenant, session_id, sequence, retention or parent.retention, parent.labels)
+        except ValueError:
+            sequence.release()
+            raise _taken(session_id) from None
+        child.extend(parent.tokens[:num_tokens], parent.last_logits if num_tokens == parent.num_tokens else None)
+        return child
+
     def update(self, session: Session, retention: Retention | None, labels: Mapping[str, str] | None) -> None:
         """Changes the policy, the labels or both; a shorter lease_seconds takes effect with the next request."""
         with self._lock:
@@ -154,7 +187,7 @@ class SessionManager:
     def delete(self, session: Session) -> int:
         """Frees an idle session now, a busy one at its check-in. Returns the bytes that this frees."""
         with self._lock:
-            freed_bytes = session.sequence.kv.size_bytes
+            freed_bytes = session.sequence.kv.exclusive_bytes
             if session.state is SessionState.BUSY:
                 session.delete_when_idle = True
                 return freed_bytes
@@ -215,9 +248,14 @@ class SessionManager:
                 self._expired[key] = None
                 while len(self._expired) > REMEMBERED_ENDS:
                     self._expired.popitem(last=False)
-            session.sequence.release()
+            # What was deleted is gone; what ran out may serve the same tenant's next prompt while there is room.
+            session.sequence.release(keep=reason in ("expired", "released"))
             session.last_logits = None
         self._changed(session.state, "gone", reason, time.monotonic() - session.created_seconds)
 
     def _changed(self, old_state: str, new_state: str, reason: str, lifetime_seconds: float = 0.0) -> None:
         self._events.emit(SessionChanged(str(old_state), str(new_state), reason, lifetime_seconds))
+
+
+def _taken(session_id: str) -> PrefillError:
+    return invalid_field("new_session_id", f"session {session_id!r} exists: choose another, or leave it out")

@@ -70,9 +70,11 @@ class Session:
 
     def extend(self, token_ids: Sequence[int], last_logits: torch.Tensor | None) -> None:
         """Records tokens whose KV is now complete."""
-        self.tokens.extend(token_ids)
-        self.last_logits = last_logits
-        self.generation += 1
+        if len(token_ids):
+            self.tokens.extend(token_ids)
+            self.last_logits = last_logits
+            self.generation += 1
+            self.sequence.offer(self.tokens)
 
     def truncate(self, num_tokens: int) -> None:
         """Cuts back to the first `num_tokens`, or to what the KV still holds where that is less."""

@@ -121,8 +121,9 @@ class KvStream:
 
     def read(self, chunk: PlannedChunk) -> tuple[bytes, int]:
         """The bytes of a chunk and their digest; copies from the device, so call it off the event loop."""
-        part = self._kv.view(chunk.layer, chunk.token_start + chunk.num_tokens)[chunk.kind][0, :, chunk.token_start :]
-        if self._layout is Layout.THD:
+        end = chunk.token_start + chunk.num_tokens
+        part = torch.cat(self._kv.segments(chunk.layer, chunk.kind, chunk.token_start, end))
+        if self._layout is Layout.HTD:
             part = part.transpose(0, 1)
         data = part.contiguous().cpu().view(torch.uint8).numpy().tobytes()
         return data, self._checksum(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sale_prefill_server.engine.decode import StaticStep
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.model import LoadedModel, load_model
 from sale_prefill_server.engine.sequence import AttentionMode, AttentionSettings, Sequence
-from sale_prefill_server.kv.pool import KvPool
+from sale_prefill_server.kv.pool import PAGE_TOKENS, KvPool
 from tests.support import save_tiny_llama
 
 PROMPT = list(range(3, 203))
@@ -43,9 +44,8 @@ def model(tiny_model: Path) -> LoadedModel:
 def static_tokens(step: StaticStep, sequence: Sequence, tokens: list[int]) -> list[torch.Tensor]:
     logits = []
     for token in tokens:
-        sequence.kv.make_room(sequence.num_tokens + 1)
-        step.set(token, sequence.num_tokens)
-        logits.append(step.run(sequence.kv))
+        step.set(token, sequence.kv)
+        logits.append(step.run())
         sequence.kv.extend_to(sequence.num_tokens + 1)
     return logits
 
@@ -54,20 +54,21 @@ def static_tokens(step: StaticStep, sequence: Sequence, tokens: list[int]) -> li
 def test_a_static_step_gives_the_logits_and_kv_of_a_plain_one(model: LoadedModel) -> None:
     engine = engine_of(model)
     plain, static = opened(engine), opened(engine)
-    for layer in range(model.kv_shape.num_layers):
-        for buffer in static.kv.buffers(layer):
-            buffer[:, :, len(PROMPT) :] = float("nan")  # what memory may hold
+    for tensor in (*engine.pool.keys, *engine.pool.values):
+        tensor[static.kv.pages[-1], len(PROMPT) % PAGE_TOKENS :] = float("nan")  # what memory may hold
     tokens = [5, 6, 7, 8]
     expected = [engine.decode_token(plain, token) for token in tokens]
-    logits = static_tokens(StaticStep(model), static, tokens)
+    logits = static_tokens(StaticStep(model, engine.pool), static, tokens)
     torch.testing.assert_close(torch.stack(logits), torch.stack(expected), atol=1e-4, rtol=1e-4)
     assert static.num_tokens == plain.num_tokens == len(PROMPT) + 4
-    for ours, theirs in zip(static.kv.view(1, 204), plain.kv.view(1, 204), strict=True):
+    for kind in (0, 1):
+        ours, theirs = (torch.cat(sequence.kv.segments(1, kind, 0, 204)) for sequence in (static, plain))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_truncation_and_plain_steps_mix_with_static_ones(model: LoadedModel) -> None:
-    engine, step = engine_of(model), StaticStep(model)
+    engine = engine_of(model)
+    step = StaticStep(model, engine.pool)
     plain, static = opened(engine), opened(engine)
     for token in (5, 6, 7):
         engine.decode_token(plain, token)
@@ -78,27 +79,26 @@ def test_truncation_and_plain_steps_mix_with_static_ones(model: LoadedModel) -> 
     torch.testing.assert_close(logits, engine.decode_token(plain, 8), atol=1e-4, rtol=1e-4)
 
 
-def test_room_is_made_within_the_reservation_only(model: LoadedModel) -> None:
-    sequence = opened(engine_of(model))
-    moves = sequence.kv.moves
-    sequence.kv.make_room(256)
-    assert sequence.kv.moves == moves
-    with pytest.raises(ValueError, match="257 tokens do not fit the 256 reserved"):
-        sequence.kv.make_room(257)
-    sequence.kv.reserve(257)
-    sequence.kv.make_room(257)
-    assert sequence.kv.moves == moves + model.kv_shape.num_layers
-    assert sequence.kv.buffers(0)[0].shape[2] == 384
-
-
 def test_attention_that_goes_elsewhere_is_noticed(tiny_model: Path) -> None:
     model = load_model(tiny_model, "tiny", device=torch.device("cpu"), dtype="float32")
-    sequence = opened(engine_of(model))
     model.module.set_attn_implementation("eager")
-    step = StaticStep(model)
-    step.set(5, sequence.num_tokens)
+    pool = KvPool(model.kv_shape, model.kv_shape.page_bytes)  # one page: the only shape that eager attention accepts
+    kv = pool.create()
+    kv.reserve(1)
+    step = StaticStep(replace(model, max_sequence_tokens=PAGE_TOKENS), pool)
+    step.set(5, kv)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="of 2 came through"):
-        step.run(sequence.kv)
+        step.run()
+
+
+def test_a_model_with_attention_of_its_own_gets_copies(tiny_model: Path) -> None:
+    model, own = (load_model(tiny_model, "tiny", device=torch.device("cpu"), dtype="float32") for _ in range(2))
+    own.module.set_attn_implementation("eager")
+    ours, theirs = engine_of(model), engine_of(own)
+    first, second = opened(ours), opened(theirs)
+    for token in (5, 6):
+        logits, expected = ours.decode_token(first, token), theirs.decode_token(second, token)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_there_are_no_graphs_on_the_cpu(model: LoadedModel) -> None:
@@ -126,7 +126,7 @@ class TestGraphs:
         )
         assert engine._graphs is not None
         assert engine._graphs.enabled
-        assert sequence.decode_graph is not None
+        assert engine._graphs.captured
         assert sequence.num_tokens == plain.num_tokens
 
     def test_bits_do_not_depend_on_what_was_captured(self, gpu_model: LoadedModel) -> None:
@@ -139,45 +139,33 @@ class TestGraphs:
         again = [engine.decode_token(second, token) for token in (5, 6, 7, 8)]
         assert torch.equal(torch.stack(logits), torch.stack(again))
 
-    def test_moved_kv_is_captured_again(self, gpu_model: LoadedModel) -> None:
-        engine = engine_of(gpu_model)
-        moved, kept = opened(engine), opened(engine, reserved=512)
-        tokens = list(range(200, 300))
-        for token in (5, 6, 7):
-            engine.decode_token(moved, token)
-            engine.decode_token(kept, token)
-        before = moved.decode_graph
-        moved.kv.reserve(512)
-        for sequence in (moved, kept):
-            engine.prefill_chunk(sequence, tokens, prompt_end=303, statistics=engine.new_statistics())
-        ours = [engine.decode_token(moved, token) for token in (5, 6, 7)]
-        assert moved.decode_graph is not before
-        assert torch.equal(torch.stack(ours), torch.stack([engine.decode_token(kept, token) for token in (5, 6, 7)]))
-
-    def test_sequences_take_turns_and_end(self, gpu_model: LoadedModel) -> None:
+    def test_one_graph_serves_all_sequences_and_all_lengths(self, gpu_model: LoadedModel) -> None:
         engine, eager = engine_of(gpu_model), engine_of(gpu_model, decode_graphs=False)
-        sequences, plains = [opened(engine) for _ in range(40)], [opened(eager) for _ in range(2)]
+        sequences, plains = [opened(engine) for _ in range(5)], [opened(eager) for _ in range(2)]
+        for sequence in (sequences[1], plains[1]):
+            sequence.kv.reserve(512)
+            engine_ = engine if sequence is sequences[1] else eager
+            engine_.prefill_chunk(sequence, list(range(200, 300)), prompt_end=300, statistics=engine.new_statistics())
         for _ in range(2):
             ours = [
-                [engine.decode_token(sequence, 5 + i % 2) for _ in range(2)] for i, sequence in enumerate(sequences)
+                [engine.decode_token(sequence, 5 + i % 2) for _ in range(2)] for i, sequence in enumerate(sequences[:2])
             ]
             theirs = [[eager.decode_token(plain, 5 + i) for _ in range(2)] for i, plain in enumerate(plains)]
-            for i, logits in enumerate(ours):
-                self.same(logits, theirs[i % 2])
+            for logits, expected in zip(ours, theirs, strict=True):
+                self.same(logits, expected)
         for sequence in sequences:
             sequence.release()
-        assert engine._graphs is not None
-        assert not [held for held in engine._graphs._held if held.graph is not None]
-        last = opened(engine)  # memory that graphs share goes with the last, and comes again
+        last = opened(engine)  # in pages that others have left
         for token in (5, 6, 7):
             engine.decode_token(last, token)
+        assert engine._graphs is not None
         assert engine._graphs.enabled
 
     def test_a_model_with_attention_of_its_own_is_decoded_launch_by_launch(self, gpu_model: LoadedModel) -> None:
         engine = engine_of(gpu_model)
-        sequence = opened(engine)
         gpu_model.module.set_attn_implementation("sdpa")
         try:
+            sequence = opened(engine)
             logits = [engine.decode_token(sequence, token) for token in (5, 6)]
         finally:
             gpu_model.module.set_attn_implementation("sale")

@@ -49,6 +49,7 @@ def manager(clock: Clock, events: list[Event]) -> SessionManager:
 def make(manager: SessionManager, pool: KvPool, session_id: str = "a", retention: Retention | None = None) -> Session:
     sequence = Sequence(pool.create(), SETTINGS, SaleConfig(), [LayerPolicy.uniform(1)])
     sequence.kv.reserve(128)
+    sequence.kv.extend_to(128)
     session = manager.create("tenant", session_id, sequence, retention or Retention(60.0), {})
     manager.check_in(session, SessionState.READY)
     return session
@@ -73,7 +74,7 @@ def test_an_expired_session_is_told_from_an_unknown_one_and_frees_its_memory(
 
 def test_a_deleted_session_is_unknown(manager: SessionManager, pool: KvPool) -> None:
     session = make(manager, pool)
-    assert manager.delete(session) == 128 * 64
+    assert manager.delete(session) == pool.shape.page_bytes
     assert reason_of(manager) is Reason.SESSION_UNKNOWN
 
 
