@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import grpc
 import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sale_prefill.v1 import (
     kv_transfer_service_pb2_grpc,
     prefill_service_pb2,
     prefill_service_pb2_grpc,
+    server_service_pb2,
     server_service_pb2_grpc,
     session_service_pb2,
     session_service_pb2_grpc,
@@ -82,10 +85,12 @@ class RunningServer:
     def info(self) -> Any:
         return server_service_pb2_grpc.ServerServiceStub(self.channel)
 
-    def prefill_tokens(self, token_ids: list[int], **fields: Any) -> prefill_service_pb2.PrefillResult:
+    def prefill_tokens(
+        self, token_ids: list[int], *, token: str = "", **fields: Any
+    ) -> prefill_service_pb2.PrefillResult:
         """The result of a prefill, its other events passed over."""
         request = prefill_service_pb2.PrefillRequest(token_ids=token_ids, **fields)
-        return list(self.prefill.Prefill(request, timeout=60))[-1].result
+        return list(self.prefill.Prefill(request, timeout=60, metadata=_credentials(token)))[-1].result
 
     def decode_tokens(self, session_id: str, max_new_tokens: int, **fields: Any) -> list[int]:
         """The tokens of a decode."""
@@ -93,10 +98,30 @@ class RunningServer:
         events = list(self.prefill.Decode(request, timeout=60))
         return [token.token_id for event in events for token in event.tokens.tokens]
 
+    def load(self) -> server_service_pb2.GetLoadResponse:
+        """How full and busy it is."""
+        return self.info.GetLoad(server_service_pb2.GetLoadRequest(), timeout=10)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One series of the metrics page, now."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        (value,) = [
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return float(value)
+
     def session(self, session_id: str) -> session_service_pb2.Session:
         """A session as the server describes it."""
         request = session_service_pb2.GetSessionRequest(session_id=session_id)
         return self.sessions.GetSession(request, timeout=10).session
+
+
+def _credentials(token: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {token}")] if token else []
 
 
 @contextmanager
@@ -105,7 +130,7 @@ def running_server(*, ready: bool = True, **settings: Any) -> Iterator[RunningSe
 
     Rows are sparse from 1024 on, whatever this machine measures.
     """
-    fixed = {"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, "dense_rows": 1024}
+    fixed = {"port": 0, "metrics_port": 0, "kv_memory": "1G", "threads": 1, "dense_rows": 1024, "prefix_reuse": False}
     config = ServerConfig(**{**fixed, **settings})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)

@@ -260,6 +260,7 @@ class Server:
             service.scheduler,
             self._events,
             default_retention=retention,
+            prefix_reuse=config.prefix_reuse,
             max_queued_requests=config.max_queued_requests,
             request_retention_seconds=config.request_retention_seconds,
         )

@@ -58,6 +58,9 @@ class ServerConfig:
     chunk_tokens: int = _setting(
         0, "prefill chunk, a multiple of 128: the unit of fairness; 0: 2048 on the CPU, 8192 on a GPU", minimum=0
     )
+    prefix_reuse: bool = _setting(
+        True, "a new session takes KV that its tenant's other sessions hold for the tokens it begins with"
+    )
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
     max_message_bytes: int = _setting(8 * 2**20, "largest gRPC message, either way", minimum=2**16)

@@ -241,11 +241,21 @@ MISTAKES = {
         "the limit is 65536",
         metadata=(("max_message_bytes", "65536"),),
     ),
-    "fork": Mistake(
-        lambda server: server.sessions.ForkSession(sessions.ForkSessionRequest(session_id="held")),
-        grpc.StatusCode.UNIMPLEMENTED,
-        "NOT_IMPLEMENTED",
-        "ForkSession",
+    "fork of more tokens than there are": Mistake(
+        lambda server: server.sessions.ForkSession(sessions.ForkSessionRequest(session_id="held", num_tokens=201)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        "201 of a session that holds 200",
+        "num_tokens",
+    ),
+    "fork under an id that is taken": Mistake(
+        lambda server: server.sessions.ForkSession(
+            sessions.ForkSessionRequest(session_id="held", new_session_id="held")
+        ),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        "exists",
+        "new_session_id",
     ),
     "push": Mistake(
         lambda server: server.kv.PushKv(iter([kv.PushKvRequest()])),

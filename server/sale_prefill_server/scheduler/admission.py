@@ -41,6 +41,7 @@ class Admission:
         scheduler: runs what is admitted.
         events: told of refusals, and by tasks of their ends.
         default_retention: of a session that asks for none.
+        prefix_reuse: new sessions take KV from others of their tenant, where the request allows it.
         max_queued_requests: requests that may wait or run at once.
         request_retention_seconds: how long a request_id is remembered.
     """
@@ -53,6 +54,7 @@ class Admission:
         events: EventBus,
         *,
         default_retention: Retention,
+        prefix_reuse: bool = True,
         max_queued_requests: int,
         request_retention_seconds: float,
     ) -> None:
@@ -61,6 +63,7 @@ class Admission:
         self._scheduler = scheduler
         self._events = events
         self._default_retention = default_retention
+        self._prefix_reuse = prefix_reuse
         self._max_queued_requests = max_queued_requests
         self._requests = RequestRegistry(request_retention_seconds)
 
@@ -169,7 +172,7 @@ class Admission:
             token_ids=command.token_ids,
             on_interrupt=command.on_interrupt,
             created=created,
-            reuses_prefix=command.reuse_prefix,
+            reuses_prefix=command.reuse_prefix and self._prefix_reuse,
             num_top_logits=command.num_top_logits,
         )
         try:
