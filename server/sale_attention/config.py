@@ -12,6 +12,8 @@ from torch import Tensor
 
 DEFAULT_TAU = 0.004
 QUERY_STRIDES = (1, 2, 4)
+#: Kernels count positions of a sample in 32 bits.
+MOST_SAMPLE_STRIDE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class SaleConfig:
         _require_multiple("local_tokens", self.local_tokens, "key_block", self.key_block)
         _require_multiple("sample_stride", self.sample_stride, "key_block", self.key_block)
         _require_multiple("dense_rows", self.dense_rows, "query_block", self.query_block)
+        if not 0 <= self.sample_stride <= MOST_SAMPLE_STRIDE:
+            raise ValueError(f"sample_stride={self.sample_stride} must be 0 to {MOST_SAMPLE_STRIDE} tokens")
         if self.sample_stride and self.code_bits != 8:
             raise ValueError(f"sample_stride={self.sample_stride} needs code_bits=8, not {self.code_bits}; use 0")
         if self.centre_tokens < 1:

@@ -253,7 +253,10 @@ def loads_profile(text: str) -> Profile:
     if top.take("version", int) != VERSION:
         raise top.bad("version", f"this release reads version {VERSION}: calibrate again with it")
     profile = _read(top)
-    _check_finite(top)
+    try:
+        _check_finite(top)
+    except RecursionError:
+        raise top.bad("", "is nested too deep") from None
     _check_unedited(top)
     return profile
 

@@ -60,4 +60,5 @@ def add_sampled(
         scores = torch.stack(products).to(torch.float32) * scales.flatten(0, 1).unsqueeze(1)
         scores = scores.view(batch, heads, end - start, -1) * (query_codes.scales[:, :, start:end, None] * scale)
         far = torch.logsumexp(scores, dim=-1) + math.log(sample_stride)
+        far = far.masked_fill(far == math.inf, math.nan)  # a threshold of infinity would hide what cannot be judged
         lse[:, :, start:end] = torch.logaddexp(lse[:, :, start:end], far)

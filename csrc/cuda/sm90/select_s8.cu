@@ -58,7 +58,8 @@ __device__ __forceinline__ void produce(const Launch& launch, const Work& work, 
       int unit = work.batch, token = tile * kTileKeys + key;
       if (codes.page_table != nullptr) {
         // Blocks past the last one: nobody looks at them; their page exists.
-        const Place place = place_of(codes, work.batch, min(token, last * kKeyBlock));
+        const int last_box = last * kKeyBlock / launch.box_tokens * launch.box_tokens;
+        const Place place = place_of(codes, work.batch, min(token, last_box));
         unit = static_cast<int>(place.unit);
         token = static_cast<int>(place.token);
       }
@@ -248,7 +249,8 @@ extern "C" int32_t sale_cuda_select(const SaleCudaSelect* call, void* stream) {
   Launch launch{};
   launch.call = *call;
   const bool paged = call->key_codes.page_table != nullptr;
-  launch.box_tokens = paged ? kKeyBlock : kTileKeys / kCluster;
+  constexpr int kShare = kTileKeys / kCluster;
+  launch.box_tokens = paged && call->key_codes.unit_tokens % kShare != 0 ? kKeyBlock : kShare;
   const int made = make_tensor_map(&launch.codes, call->key_codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, grid.head_dim,
                                    grid.kv_heads, grid.head_dim, launch.box_tokens,
                                    grid.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);

@@ -63,11 +63,24 @@ def test_a_row_whose_mass_is_elsewhere_keeps_fewer_blocks() -> None:
     assert density(32) < 0.8 * density(0)
 
 
-def test_4_bit_codes_are_refused() -> None:
+def test_strides_that_no_kernel_takes_are_refused() -> None:
     with pytest.raises(ValueError, match="sample_stride=32 needs code_bits=8, not 4"):
         SaleConfig(code_bits=4, sample_stride=32)
     with pytest.raises(ValueError, match="sample_stride=48 must be a multiple of key_block=32"):
         SaleConfig(sample_stride=48)
+    with pytest.raises(ValueError, match="sample_stride=2147483648 must be 0 to"):
+        SaleConfig(sample_stride=1 << 31)
+
+
+def test_a_sample_beyond_float32_judges_nothing() -> None:
+    """Not infinity: no key would reach a threshold relative to that."""
+    grid = BlockGrid.of(64, 512, CONFIG)
+    ones = torch.ones(1, 1, 512, 64, dtype=torch.int8)
+    codes = QueryCodes(ones[:, :, :64], torch.full((1, 1, 64), 1e30))
+    keys = KeyCodes(ones, torch.full((1, 1, 16), 1e30), torch.zeros(1, 1, 64))
+    lse = torch.zeros(1, 1, 64)
+    add_sampled(lse, codes, keys, grid, 32, 0.125)
+    assert lse.isnan().all()
 
 
 def test_a_nan_key_is_never_hidden() -> None:
