@@ -172,6 +172,36 @@ class FullError(UnavailableError):
     """A tier has no room. It still serves reads."""
 
 
+class MissingBlocksError(UnavailableError):
+    """A record was not written, since a tier lacks blocks that it needs. Put `keys` and then the record again."""
+
+    def __init__(self, tier: str, keys: Sequence[BlockKey]) -> None:
+        super().__init__(tier, f"{len(keys)} blocks of the record are not there, the first of them {describe(keys[0])}")
+        self.keys = list(keys)
+
+
+class PinQuotaError(StoreError):
+    """Hard pins of a tenant would go over its quota. Carries both numbers, in bytes."""
+
+    def __init__(self, needed_bytes: int, quota_bytes: int) -> None:
+        super().__init__(
+            f"hard pins would take {needed_bytes} bytes, the tenant's quota is {quota_bytes}: delete pinned sessions, "
+            "or pin this one softly"
+        )
+        self.needed_bytes = needed_bytes
+        self.quota_bytes = quota_bytes
+
+
+class BlocksLostError(StoreError):
+    """A block could be read from no tier. All layers of the blocks before `block_index` may still be."""
+
+    def __init__(self, block_index: int, layer: int, reason: str) -> None:
+        super().__init__(f"block {block_index} cannot be read from layer {layer} on: {reason}; compute it again")
+        self.block_index = block_index
+        self.layer = layer
+        self.reason = reason
+
+
 class BlockReader(ABC):
     """Reads parts of one block. It may be used by several threads; close it."""
 

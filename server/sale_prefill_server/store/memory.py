@@ -54,7 +54,7 @@ class MemoryTier(Tier):
         with self._lock:
             if key not in self._blocks:
                 raise NotFoundError(self.name, key)
-            return _MemoryReader(self._blocks[key][0])
+            return MemoryReader(self._blocks[key][0])
 
     def find_blocks(self, keys: Iterable[BlockKey]) -> dict[BlockKey, BlockEntry]:
         with self._lock:
@@ -99,7 +99,9 @@ class MemoryTier(Tier):
             self.used_bytes = 0
 
 
-class _MemoryReader(BlockReader):
+class MemoryReader(BlockReader):
+    """Parts of a block that is in memory."""
+
     def __init__(self, block: Block) -> None:
         self.key = block.key
         self.num_parts = len(block.parts)
