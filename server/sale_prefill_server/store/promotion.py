@@ -16,7 +16,9 @@ _MOST_WAITING = 256
 
 
 class Promotion:
-    """From a local disk to memory by reading again, one block at a time, since the disk's cache has them by then; from a
+    """Copies blocks, in one thread.
+
+    From a local disk to memory by reading again, one at a time, since the disk's cache has them by then; from a
     shared tier to memory and disk with the bytes that were read. Lossy forms stay where they are.
 
     Args:

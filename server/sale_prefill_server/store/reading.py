@@ -15,7 +15,6 @@ from sale_prefill_server.store.base import (
     BlockReader,
     BlocksLostError,
     Buffer,
-    Level,
     StoreError,
     UnavailableError,
 )
@@ -87,6 +86,35 @@ class _Piece:
         self.started_seconds = 0.0
 
 
+class _Place:
+    """Where a block is read at present, and its reader once that is open. Given up when another takes its turn."""
+
+    def __init__(self, sources: Sequence[Source], choice: int) -> None:
+        self.choice = choice
+        self.source = sources[choice] if choice < len(sources) else None
+        self._opening = threading.Lock()
+        self._reader: BlockReader | None = None
+        self._given_up = False
+
+    def reader(self) -> BlockReader:
+        """The one reader of all layers."""
+        assert self.source is not None
+        with self._opening:
+            if self._reader is None:
+                reader = self.source.slot.open_block(self.source.key)
+                self._reader = reader
+                if self._given_up:
+                    reader.close()
+            return self._reader
+
+    def give_up(self) -> None:
+        """Closes the reader; where it is just being opened, maybe for ever, that is left to the opening thread."""
+        self._given_up = True
+        reader = self._reader
+        if reader is not None:
+            reader.close()
+
+
 class LayeredRead:
     """One read: iterate over it once. The iteration owns its readers and ends them, however it ends.
 
@@ -126,9 +154,7 @@ class LayeredRead:
         self._piece_blocks = max(1, min(blocks, piece_bytes // (2 * part_bytes)))
         self._window = max(2, window_bytes // (2 * part_bytes * self._piece_blocks))
         self._changed = threading.Condition()
-        self._choice = [0] * blocks
-        self._readers: list[BlockReader | None] = [None] * blocks
-        self._reader_locks = [threading.Lock() for _ in range(blocks)]
+        self._places = [_Place(sources, 0) for sources in located.sources]
         self._bad: set[TierSlot] = set()
         self._lost: BlocksLostError | None = None
         self._closed = False
@@ -191,14 +217,17 @@ class LayeredRead:
 
     def _source(self, block: int) -> Source | None:
         """The next place to read a block from; skips tiers that failed in this read."""
-        sources = self._located.sources[block]
-        while self._choice[block] < len(sources):
-            source = sources[self._choice[block]]
+        while (source := self._places[block].source) is not None:
             if source.slot not in self._bad:
                 return source
-            self._advance(block, self._choice[block])
+            self._go_on(block)
         self._lose(block, "no tier that has it works")
         return None
+
+    def _go_on(self, block: int) -> None:
+        place = self._places[block]
+        place.give_up()
+        self._places[block] = _Place(self._located.sources[block], place.choice + 1)
 
     def _lose(self, block: int, reason: str) -> None:
         if self._lost is None or block < self._lost.block_index:
@@ -258,10 +287,8 @@ class LayeredRead:
         with self._changed:
             self._closed = True
             read = dict(self._read_bytes)
-        for block in range(len(self._readers)):
-            reader, self._readers[block] = self._readers[block], None
-            if reader is not None:
-                reader.close()
+            for place in self._places:
+                place.give_up()
         for slot, num_bytes in read.items():
             blocks = round(num_bytes / (2 * len(self._layers) * self._part_bytes))
             slot.observer(BlocksRead(slot.name, blocks, num_bytes, duration_seconds))
@@ -276,11 +303,13 @@ class LayeredRead:
             for block in blocks:
                 if self._closed or piece.attempt != attempt:
                     return
-                choice = self._choice[block]
+                place = self._places[block]
                 try:
-                    self._read(piece, block, scratch, slot)
+                    if place.source is None or place.source.slot is not slot:
+                        raise UnavailableError(slot.name, "failed for another layer")
+                    self._read(piece, block, scratch, place, slot)
                 except StoreError as error:
-                    self._failed(block, choice, slot, error)
+                    self._failed(block, place, slot, error)
                     failed.append(block)
             with self._changed:
                 if piece.attempt == attempt and not self._closed:
@@ -293,47 +322,27 @@ class LayeredRead:
 
         return run
 
-    def _read(self, piece: _Piece, block: int, scratch: memoryview, slot: TierSlot) -> None:
+    def _read(self, piece: _Piece, block: int, scratch: memoryview, place: _Place, slot: TierSlot) -> None:
         if slot in self._bad:
             raise UnavailableError(slot.name, "failed earlier in this read")
-        reader = self._reader(block, slot)
+        reader = place.reader()
         size, at = self._part_bytes, block - piece.blocks.start
         keys = scratch[at * size : (at + 1) * size]
         offset = (len(piece.blocks) + at) * size
         values = scratch[offset : offset + size]
         slot.read_parts(reader, 2 * piece.layer, [keys, values])
-        if slot.level is Level.SHARED and self._on_complete is not None and not reader.key.codec:
+        if slot.is_shared and self._on_complete is not None and not reader.key.codec:
             parts = self._assembly.setdefault(block, {})
             parts[2 * piece.layer], parts[2 * piece.layer + 1] = bytes(keys), bytes(values)
 
-    def _reader(self, block: int, slot: TierSlot) -> BlockReader:
-        with self._reader_locks[block]:
-            reader = self._readers[block]
-            if reader is None:
-                source = self._located.sources[block][self._choice[block]]
-                if source.slot is not slot:
-                    raise UnavailableError(slot.name, "failed for another layer")
-                reader = slot.open_block(source.key)
-                if self._closed:
-                    reader.close()
-                    raise UnavailableError(slot.name, "the read was given up")
-                self._readers[block] = reader
-            return reader
-
-    def _failed(self, block: int, choice: int, slot: TierSlot, error: StoreError) -> None:
+    def _failed(self, block: int, place: _Place, slot: TierSlot, error: StoreError) -> None:
         with self._changed:
-            if self._closed or self._choice[block] != choice:
+            source = place.source
+            if self._closed or self._places[block] is not place or source is None or source.slot is not slot:
                 return  # another layer's read was first to fail, and took the reader from under this one
             first = slot not in self._bad
             if isinstance(error, UnavailableError):
                 self._bad.add(slot)
-            self._advance(block, choice)
+            self._go_on(block)
         if first:
-            slot.failed_read(error, self._located.sources[block][choice].key)
-
-    def _advance(self, block: int, choice: int) -> None:
-        if self._choice[block] == choice:
-            self._choice[block] += 1
-            reader, self._readers[block] = self._readers[block], None
-            if reader is not None:
-                reader.close()
+            slot.failed_read(error, source.key)
