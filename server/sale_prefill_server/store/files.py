@@ -87,7 +87,10 @@ class FileTier(Tier):
         self._synced_directories: set[Path] = set()
         self._directories_lock = threading.Lock()
         with self._failures():
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in reversed([root, *root.parents]):
+                if not directory.exists():
+                    self._layer.make_directory(directory)
+                    self._layer.fsync_directory(directory.parent)
             for part in ("blocks", "records", "staging", "quarantine"):
                 self._make_directory(root / part)
             self._staging = Staging(root / "staging")
