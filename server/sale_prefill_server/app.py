@@ -43,7 +43,7 @@ from sale_prefill.v1 import (
     session_service_pb2_grpc,
 )
 from sale_prefill_client._version import __version__
-from sale_prefill_server.config import ConfigError, ServerConfig
+from sale_prefill_server.config import ConfigError, ServerConfig, parse_bytes
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.guard import Guard, GuardReport, GuardSettings
 from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model
@@ -63,9 +63,12 @@ from sale_prefill_server.rpc.prefill_service import PrefillServicer
 from sale_prefill_server.rpc.server_service import ServerServicer
 from sale_prefill_server.rpc.session_service import SessionServicer
 from sale_prefill_server.scheduler.admission import Admission
+from sale_prefill_server.scheduler.loader import Loader
 from sale_prefill_server.scheduler.scheduler import Scheduler
+from sale_prefill_server.sessions.archive import SessionArchive
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Retention, SessionState
+from sale_prefill_server.sessions.session import Durability, Retention, SessionState
+from sale_prefill_server.sessions.tiers import durabilities, open_store, recover_sessions
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,8 @@ SERVICES = (
 _SWEEP_SECONDS = 1.0
 #: Seconds that running calls get to end at shutdown.
 _GRACE_SECONDS = 2.0
+#: Seconds that sessions get to be written to other tiers at shutdown.
+_SAVE_SECONDS = 30.0
 #: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
 #: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -95,6 +100,8 @@ class _Service:
     engine: Engine
     manager: SessionManager
     scheduler: Scheduler
+    archive: SessionArchive | None
+    loader: Loader | None
 
 
 class Server:
@@ -208,7 +215,24 @@ class Server:
             guard=self._guard(profile),
         )
         self._log_start(engine, engine.warm_up())
-        return _Service(engine, SessionManager(self._events), Scheduler())
+        return self._service_of(engine)
+
+    def _service_of(self, engine: Engine) -> _Service:
+        config = self.config
+        store = open_store(config, self._events.emit)
+        archive = None if store is None else SessionArchive(store, engine.model.fingerprint)
+        manager = SessionManager(
+            self._events,
+            archive=archive,
+            pin_quota_bytes=parse_bytes("pin_quota", config.pin_quota) or None,
+        )
+        scheduler = Scheduler()
+        if archive is None:
+            return _Service(engine, manager, scheduler, None, None)
+        started = time.perf_counter()
+        found = recover_sessions(archive, engine, manager)
+        logger.info("%d sessions of earlier runs found in %.1f s", found, time.perf_counter() - started)
+        return _Service(engine, manager, scheduler, archive, Loader(archive, scheduler))
 
     def _guard(self, profile: Profile | None) -> Guard | None:
         config = self.config
@@ -253,12 +277,13 @@ class Server:
 
     def _connect(self, service: _Service) -> None:
         config, engine = self.config, service.engine
-        retention = Retention(config.default_lease_seconds)
+        retention = Retention(config.default_lease_seconds, durability=Durability(config.durability))
         admission = Admission(
             engine,
             service.manager,
             service.scheduler,
             self._events,
+            loader=service.loader,
             default_retention=retention,
             prefix_reuse=config.prefix_reuse,
             max_queued_requests=config.max_queued_requests,
@@ -271,10 +296,11 @@ class Server:
             retention,
             config.max_lease_seconds,
             engine.profile is not None,
+            durabilities(config),
         )
         parts = (
             PrefillServicer(admission, converter),
-            SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
+            SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
             KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
             ServerServicer(
                 engine,
@@ -319,10 +345,14 @@ class Server:
             self._sweeper.cancel()
         if self._service is not None:
             await asyncio.to_thread(self._service.scheduler.stop)
+            if self._service.loader is not None:
+                await asyncio.to_thread(self._service.loader.close)
         if self._grpc is not None:
             await self._grpc.stop(_GRACE_SECONDS)
         if self._service is not None:
             self._service.manager.close()
+            if self._service.archive is not None:
+                await asyncio.to_thread(self._service.archive.close, _SAVE_SECONDS)
         if self._http is not None:
             self._http[0].shutdown()
             self._http[0].server_close()
