@@ -54,6 +54,7 @@ from sale_prefill_server.kv.pool import KvCapacityError, KvPool
 from sale_prefill_server.models import resolve_model
 from sale_prefill_server.models.tokenizer_files import find_tokenizer_files
 from sale_prefill_server.observability.metrics import Metrics
+from sale_prefill_server.observability.store_metrics import StoreMetrics, log_store_event
 from sale_prefill_server.rpc.auth import Anonymous, Authenticator, StaticTokens
 from sale_prefill_server.rpc.convert import Converter
 from sale_prefill_server.rpc.interceptor import CallInterceptor
@@ -123,6 +124,9 @@ class Server:
         self._events = EventBus()
         self._metrics = Metrics(Path(config.model).name, _methods())
         self._events.subscribe(self._metrics.observe)
+        self._store_metrics = StoreMetrics(self._metrics.registry)
+        self._events.subscribe(self._store_metrics.observe)
+        self._events.subscribe(log_store_event)
         self._health = health.aio.HealthServicer()
         self._servicers = {service.full_name: LateServicer() for service in SERVICES}
         self._service: _Service | None = None
@@ -331,10 +335,21 @@ class Server:
         at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
         for state in SessionState:
             at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
+        if service.archive is not None:
+            self._connect_store_gauges(service.archive)
         metrics.start_layers_at_zero(engine.model.kv_shape.num_layers)
         metrics.start_time.set_to_current_time()
         metrics.build_info.labels(__version__, str(engine.model.device), engine.attention_backend).set(1)
         metrics.ready.set(1)
+
+    def _connect_store_gauges(self, archive: SessionArchive) -> None:
+        metrics, at_scrape = self._metrics, self._metrics.read_at_scrape
+        tiers = archive.tiers()
+        self._store_metrics.start_at_zero(tiers)
+        for tier, status in tiers.items():
+            at_scrape(metrics.kv_used_bytes.labels(tier), partial(_used_bytes, archive, tier))
+            at_scrape(self._store_metrics.queued_bytes.labels(tier), partial(_queued_bytes, archive, tier))
+            metrics.kv_capacity_bytes.labels(tier).set(status.budget_bytes or 0)
 
     async def stop(self) -> None:
         """Refuses new work, stops what runs at its next layer, frees everything."""
@@ -472,6 +487,14 @@ def _pool(model: LoadedModel, capacity_bytes: int) -> KvPool:
             f"kv_memory: {capacity_bytes} bytes hold no page of {model.kv_shape.page_bytes} bytes, or are more than "
             f"{model.device} can give ({error}); choose another --kv-memory"
         ) from error
+
+
+def _used_bytes(archive: SessionArchive, tier: str) -> int:
+    return archive.tiers()[tier].used_bytes
+
+
+def _queued_bytes(archive: SessionArchive, tier: str) -> int:
+    return archive.tiers()[tier].queued_bytes
 
 
 def _automatic_kv_bytes(model: LoadedModel) -> int:

@@ -181,7 +181,7 @@ class Metrics:
             (self.blocks, ("computed", "skipped")),
             (self.dense_rows, DENSE_REASONS),
             (self.kernel_fallbacks, ("build", "shape")),
-            (self.sessions, ("busy", "partial", "ready")),
+            (self.sessions, ("busy", "partial", "ready", "offloaded")),
             (self.session_ends, SESSION_ENDS),
             (self.lease_renewals, ("renewed", "missing")),
             (self.kv_used_bytes, ("device",)),

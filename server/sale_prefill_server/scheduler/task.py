@@ -24,7 +24,7 @@ from sale_prefill_server.store.base import StoreError
 logger = logging.getLogger(__name__)
 
 #: Loads of one task that may fail before it computes what is missing.
-_MOST_LOADS = 2
+_MOST_LOADS = 3
 
 
 class Task(ABC):
@@ -127,12 +127,17 @@ class Task(ABC):
             session.last_logits = archive.load_logits(session)
 
     def forget_loaded(self) -> None:
-        """What was to be brought back did not come."""
+        """What was to be brought back did not come.
+
+        Raises:
+            KvCapacityError: the room for it was given up and is gone.
+        """
         self._append.restored_tokens = 0
         self.session.sequence.kv.load(None)
         self.session.sequence.truncate(0)
         if self._append.reuses_prefix:
             self.session.truncate(0)
+        self.session.sequence.kv.reserve(self.room_tokens)
 
     def refuse(self, error: PrefillError) -> None:
         """Ends a task that was never run."""
@@ -145,14 +150,15 @@ class Task(ABC):
             return True
         self.job.start()
         try:
-            over = self._step()
+            try:
+                over = self._step()
+            except LoadFailedError:
+                self.forget_loaded()
+                assert self.reload is not None
+                self.reload(self)
+                return True
         except StoppedError:
             self._stop()
-            return True
-        except LoadFailedError:
-            self.forget_loaded()
-            assert self.reload is not None
-            self.reload(self)
             return True
         except PrefillError as error:
             self._fail(error)

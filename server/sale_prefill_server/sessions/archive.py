@@ -33,7 +33,7 @@ from sale_prefill_server.store.base import (
     RecordKey,
     StoreError,
 )
-from sale_prefill_server.store.tiers import TieredStore
+from sale_prefill_server.store.tiers import TieredStore, TierStatus
 
 logger = logging.getLogger(__name__)
 
@@ -328,6 +328,10 @@ class SessionArchive:
             else:
                 logger.info("session %s belongs to another model: its record is left", session.session_id)
         return found
+
+    def tiers(self) -> dict[str, TierStatus]:
+        """How each tier stands, by name."""
+        return self._store.status()
 
     def close(self, timeout_seconds: float) -> None:
         """Ends what is being saved, then the store."""
