@@ -71,7 +71,9 @@ class TierSlot:
         self.tier = settings.tier
         self.name = settings.tier.name
         self.level = settings.tier.level
-        self.is_shared = settings.tier.level is Level.SHARED
+        self.is_shared = settings.tier.is_shared
+        self.is_own_memory = self.level is Level.MEMORY and not self.is_shared
+        self.keeps_records = self.level is not Level.MEMORY
         self.observer = observer
         self.lock = lock
         self.index = BlockIndex(rank_of)

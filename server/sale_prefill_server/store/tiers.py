@@ -79,8 +79,8 @@ class TieredStore:
         self._slots = [TierSlot(settings, self._lock, self._references.rank, observer) for settings in tiers]
         if len({slot.name for slot in self._slots}) < len(self._slots):
             raise ValueError(f"tiers {[slot.name for slot in self._slots]}: give each its own name")
-        self._writers = {slot: TierWriter(slot, self._fetch) for slot in self._slots if slot.level is not Level.MEMORY}
-        self._acknowledgements = Acknowledgements({slot.name: slot.level for slot in self._writers})
+        self._writers = {slot: TierWriter(slot, self._fetch) for slot in self._slots if not slot.is_own_memory}
+        self._acknowledgements = Acknowledgements({slot.name: slot.level for slot in self._slots if slot.keeps_records})
         self._memory_lock = threading.Lock()
         self._promotion = Promotion(self._slots, self._put_fast)
 
@@ -129,8 +129,8 @@ class TieredStore:
             wait_seconds: how long to wait where a tier's queue is full.
 
         Returns:
-            False where a durable tier refused them: out of use, or its queue stayed full. Others have them all the
-            same, and a record that needs them brings them from there.
+            False where a tier refused them: out of use, or its queue stayed full. Others have them all the same, and a
+            record that needs them brings them from there.
         """
         accepted = True
         blocks = [checked_block(block) for block in blocks]
@@ -153,7 +153,7 @@ class TieredStore:
         record.key.checked()
         with self._lock:
             self._rerank(self._references.add(record))
-        targets = [slot for slot in self._targets(level) if slot in self._writers]
+        targets = [slot for slot in self._targets(level) if slot.keeps_records]
         done = self._acknowledgements.asked(record.key, [slot.name for slot in targets])
         for slot in targets:
             self._writers[slot].put_record(record, functools.partial(done, slot.name))
@@ -198,11 +198,11 @@ class TieredStore:
             self._rerank(needed)
         self._acknowledgements.forget(key)
         freed = functools.partial(self._unneeded, set() if keep_blocks else needed)
-        removed = Countdown(len(self._writers))
+        removed = Countdown(sum(slot.keeps_records for slot in self._slots))
         for slot in self._slots:
-            if slot in self._writers:
+            if slot.keeps_records:
                 self._writers[slot].delete_record(key, freed if slot.level is Level.LOCAL else list, removed.count)
-            else:
+            elif slot.is_own_memory:
                 slot.forget_blocks(freed())
         return removed.future
 
@@ -258,7 +258,7 @@ class TieredStore:
             NotFoundError: no tier has it, as far as tiers answer.
         """
         for slot in self._slots:
-            if slot in self._writers:
+            if slot.keeps_records:
                 try:
                     return slot.call(functools.partial(slot.tier.get_record, key), slot.settings.read_timeout_seconds)
                 except StoreError:
@@ -297,7 +297,7 @@ class TieredStore:
     def _targets(self, level: Level) -> list[TierSlot]:
         """Tiers up to a level, and where none of them reaches it, the first that goes beyond."""
         targets = [slot for slot in self._slots if slot.level <= level]
-        if not any(slot.level is level for slot in targets):
+        if level is not Level.MEMORY and not any(slot.level is level for slot in targets):
             targets += [slot for slot in self._slots if slot.level > level][:1]
         return targets
 
