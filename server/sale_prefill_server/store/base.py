@@ -95,7 +95,10 @@ class RecordKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A block to be written. Its buffers, of bytes, become the store's: whoever made them never changes them again."""
+    """A block to be written. Its buffers, of bytes, become the store's: whoever made them never changes them again.
+
+    A view keeps all memory behind it alive, so each block should have its own.
+    """
 
     key: BlockKey
     parts: Sequence[Buffer]

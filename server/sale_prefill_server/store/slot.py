@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -238,6 +239,9 @@ class TierSlot:
                 self.tier.put_blocks(blocks)
         except UnavailableError as error:
             self.writes.failed(error.reason)
+            if not self.is_shared:  # some may be there, in nobody's index
+                with contextlib.suppress(StoreError):
+                    self.tier.delete_blocks([block.key for block in blocks])
             raise
         self.writes.succeeded()
 

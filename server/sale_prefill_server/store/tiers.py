@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -89,24 +89,21 @@ class TieredStore:
     def recover(self) -> list[Record]:
         """Takes stock of the local tiers and returns the records that they hold, verified; reads no block.
 
+        A local tier that does not work is reported as down, and what it holds stays unknown to this process.
+
         Records and blocks of a shared tier are found when they are asked for. A block that a record needs and that is
         not there is no error here: `locate` will say so.
         """
         found: dict[RecordKey, Record] = {}
         for slot in self._slots:
-            if slot.level is not Level.LOCAL:
-                continue
-            for key in slot.tier.list_records():
+            if slot.level is Level.LOCAL:
                 try:
-                    record = slot.tier.get_record(key)
-                except CorruptError as error:
-                    self._observer(ObjectDamaged(slot.name, key, error.reason))
-                    continue
-                except NotFoundError:
-                    continue
-                found.setdefault(key, record)
-                self._acknowledgements.found(key, slot.name)
-            slot.load()
+                    for record in self._records_of(slot):
+                        found.setdefault(record.key, record)
+                        self._acknowledgements.found(record.key, slot.name)
+                    slot.load()
+                except UnavailableError as error:
+                    slot.failed_read(error)
         with self._lock:
             for record in found.values():
                 self._rerank(self._references.add(record, within_quota=False))
@@ -145,7 +142,8 @@ class TieredStore:
     def put_record(self, record: Record, *, level: Level = Level.SHARED) -> None:
         """Has a record written to the durable tiers up to `level`, after what was put before it; see `flush`.
 
-        From now on its blocks are kept as `record.pin` says, and those of an older record of the same key are not.
+        From now on its blocks are kept as `record.pin` says, and those of an older record of the same key are not; at
+        level MEMORY that is all, since no tier gets the record.
 
         Raises:
             PinQuotaError: nothing has changed then.
@@ -339,6 +337,15 @@ class TieredStore:
                     except StoreError:
                         continue
         return found
+
+    def _records_of(self, slot: TierSlot) -> Iterator[Record]:
+        for key in slot.tier.list_records():
+            try:
+                yield slot.tier.get_record(key)
+            except CorruptError as error:
+                self._observer(ObjectDamaged(slot.name, key, error.reason))
+            except NotFoundError:
+                continue
 
     def _unneeded(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         with self._lock:

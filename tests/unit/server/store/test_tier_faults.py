@@ -243,6 +243,25 @@ def test_a_disk_that_others_filled_gets_room_from_our_cache(tmp_path: Path) -> N
         assert harness.blocks_in("disk") == {block_key("a")}
 
 
+def test_a_disk_that_is_dead_at_the_start_is_reported(tmp_path: Path) -> None:
+    with Harness(tmp_path) as harness:
+        harness.tiers["disk"].die()
+        assert harness.store.recover() == []
+        assert [event.tier for event in harness.of(TierDown)] == ["disk"]  # type: ignore[attr-defined]
+
+
+def test_a_damaged_record_is_reported_and_the_others_are_found(tmp_path: Path) -> None:
+    with Harness(tmp_path) as harness:
+        saved(harness, "a", level=Level.LOCAL)
+        saved(harness, "b", level=Level.LOCAL)
+    file = tmp_path / "disk" / "records" / TENANT / f"{digest('a')}.record"
+    file.write_bytes(file.read_bytes()[:-1])
+    with Harness(tmp_path) as harness:
+        assert harness.store.recover() == [record("b", ("b",))]
+        assert [event.key for event in harness.of(ObjectDamaged)] == [record("a").key]  # type: ignore[attr-defined]
+        assert not file.exists()
+
+
 def test_a_removal_that_fails_is_done_when_the_tier_is_back(tmp_path: Path) -> None:
     with Harness(tmp_path) as harness:
         saved(harness, "a", level=Level.LOCAL)
