@@ -18,7 +18,7 @@ from sale_prefill_server.store.tiers import TieredStore, TierSettings
 from tests.unit.server.store.samples import OTHER_TENANT, block, block_key, blocks, read_whole, record
 from tests.unit.server.store.stores import PATIENCE_SECONDS, read_all, true_parts
 
-pytest.importorskip("mooncake.store", reason="Mooncake is not installed", exc_type=ImportError)
+pytest.importorskip("mooncake.store", reason="Mooncake, or libibverbs1, is not installed", exc_type=ImportError)
 
 _ROOM_BYTES = 64 * 2**20
 

@@ -77,7 +77,7 @@ def test_threads_that_save_read_and_delete_never_see_a_wrong_byte(tmp_path: Path
             harness.store.delete_record(key)
         harness.store.flush_all(PATIENCE_SECONDS)
         assert failures == []
-        assert min(counts["saved"], counts["read"]) > 50, counts
+        assert min(counts["saved"], counts["read"]) > 20, counts
         assert harness.store.pinned_bytes(TENANT) == 0
         status = harness.store.status()
         for name in ("host", "disk"):

@@ -72,7 +72,7 @@ def test_a_block_removed_behind_the_stores_back_is_a_miss(tmp_path: Path) -> Non
 
 
 def test_a_dead_tier_is_left_alone_until_it_works_again(tmp_path: Path) -> None:
-    with Harness(tmp_path, shared=True) as harness:
+    with Harness(tmp_path, shared=True, backoff_seconds=0.5) as harness:
         saved(harness, "ab")
         disk = harness.tiers["disk"]
         disk.die()
@@ -83,24 +83,24 @@ def test_a_dead_tier_is_left_alone_until_it_works_again(tmp_path: Path) -> None:
         assert read_all(harness.store, "ab") == true_parts("ab")
         assert len(disk.calls) == calls
         disk.heal()
-        time.sleep(0.06)
+        time.sleep(0.55)
         assert harness.store.locate([block_key("a")]).blocks_by_tier == {"disk": 1}
-        time.sleep(0.06)
+        time.sleep(0.55)
         assert read_all(harness.store, "ab") == true_parts("ab")
         assert harness.of(TierUp) == [TierUp("disk", "read")]
 
 
 def test_a_tier_that_hangs_is_given_up_and_the_next_one_read(tmp_path: Path) -> None:
-    with Harness(tmp_path, shared=True, read_timeout_seconds=0.2) as harness:
+    with Harness(tmp_path, shared=True, read_timeout_seconds=0.5, backoff_seconds=30) as harness:
         saved(harness, "abcd")
         released = harness.tiers["disk"].hang()
         started = time.monotonic()
         assert read_all(harness.store, "abcd") == true_parts("abcd")
-        assert 0.15 < time.monotonic() - started < 2
+        assert 0.4 < time.monotonic() - started < 4
         assert "no progress" in harness.of(TierDown)[0].reason  # type: ignore[attr-defined]
         started = time.monotonic()
         assert read_all(harness.store, "abcd") == true_parts("abcd")
-        assert time.monotonic() - started < 0.15
+        assert time.monotonic() - started < 0.4
         released.set()
 
 
