@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from sale_prefill_server.store.base import Block, BlockKey, Level, StoreError
-from sale_prefill_server.store.reading import Located
+from sale_prefill_server.store.located import Located
 from sale_prefill_server.store.slot import TierSlot
 from sale_prefill_server.store.workers import Workers
 

@@ -36,8 +36,9 @@ from sale_prefill_server.store.base import (
 )
 from sale_prefill_server.store.events import ObjectDamaged, StoreObserver, WriteFailed, ignore
 from sale_prefill_server.store.index import Rank
+from sale_prefill_server.store.located import Located, Source
 from sale_prefill_server.store.promotion import Promotion
-from sale_prefill_server.store.reading import LayeredRead, Located, Source
+from sale_prefill_server.store.reading import LayeredRead
 from sale_prefill_server.store.references import References
 from sale_prefill_server.store.slot import TierSettings, TierSlot
 from sale_prefill_server.store.writer import TierWriter
