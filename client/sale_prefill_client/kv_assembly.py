@@ -38,11 +38,13 @@ class KvAssembler:
         layer_range: Range | None,
         layout: Layout,
         checksum: Checksum,
+        into: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         self._session_id = session_id
         self._asked_ranges = (token_range, layer_range)
         self._layout: Layout = layout
         self._checksum: Checksum = checksum
+        self._into = into
         self._digest = digest_function(checksum)
         self._manifest: kv_pb2.KvManifest | None = None
         self._spec: KvSpec | None = None
@@ -95,9 +97,16 @@ class KvAssembler:
                 f"in its format are {expected_bytes} bytes"
             )
         rows = (token_count, spec.num_kv_heads) if self._layout == "THD" else (spec.num_kv_heads, token_count)
-        self._buffer = np.empty((layer_count, 2, *rows, spec.head_dim * spec.element_bytes), dtype=np.uint8)
+        self._buffer = self._memory(expected_bytes).reshape(
+            layer_count, 2, *rows, spec.head_dim * spec.element_bytes
+        )
         self._next_token = np.full((layer_count, 2), manifest.range.token_start, dtype=np.int64)
         self._manifest, self._spec = manifest, spec
+
+    def _memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        if self._into is None:
+            return np.empty(num_bytes, dtype=np.uint8)
+        return self._into.reshape(-1)[:num_bytes]
 
     def _checked_spec(self, manifest: kv_pb2.KvManifest) -> KvSpec:
         spec = KvSpec.from_proto(manifest.spec)

@@ -6,6 +6,7 @@ message of its stream), so that any gRPC client understands it. Writing copies t
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,15 @@ _DATA_TAG = bytes([_DATA_FIELD << 3 | _BYTES])
 _KIND_INDEX, _INT32_END = 2, 1 << 31
 #: Bits that a varint of at most 5 bytes begins below: enough for a uint32.
 _UINT32_SHIFTS, _UINT32_END = 28, 1 << 32
+
+#: Metadata of a stream: SHA-256 of its first message (manifest or header) as sent, so that this is checked as chunks are.
+#: Senders may leave it out.
+MANIFEST_DIGEST_KEY = "x-kv-manifest-digest-bin"
+
+
+def message_digest(raw: bytes) -> bytes:
+    """What goes under `MANIFEST_DIGEST_KEY`."""
+    return hashlib.sha256(raw).digest()
 
 
 class ChunkFrame(NamedTuple):

@@ -66,6 +66,7 @@ from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Retention, SessionState
+from sale_prefill_server.transfer.placement import NoSegments
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ SERVICES = (
 _SWEEP_SECONDS = 1.0
 #: Seconds that running calls get to end at shutdown.
 _GRACE_SECONDS = 2.0
+#: Threads that copy and digest chunks of KV: one keeps ahead of a stream, and a stream in another's way waits for
+#: one chunk.
+_COPY_THREADS = 2
 #: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
 #: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -123,6 +127,7 @@ class Server:
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[Any, threading.Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._copiers = ThreadPoolExecutor(_COPY_THREADS, "kv-copy")
 
     async def start(self) -> None:
         """Binds both ports.
@@ -274,7 +279,9 @@ class Server:
         parts = (
             PrefillServicer(admission, converter),
             SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
-            KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
+            KvTransferServicer(
+                service.manager, converter, self._events, self._copiers, NoSegments(), config.max_message_bytes
+            ),
             ServerServicer(
                 engine,
                 service.manager,
@@ -319,6 +326,7 @@ class Server:
             await asyncio.to_thread(self._service.scheduler.stop)
         if self._grpc is not None:
             await self._grpc.stop(_GRACE_SECONDS)
+        self._copiers.shutdown()
         if self._service is not None:
             self._service.manager.close()
         if self._http is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from sale_prefill.kv_frames import PULL_FRAMES, ChunkFrame
 from sale_prefill.v1 import kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
 
 from .. import _requests
@@ -13,7 +14,10 @@ from ..options import DEFAULT_CHUNK_BYTES, Checksum, Layout, Range
 from ..progress import BytesCallback, bytes_reporter
 from .connection import AsyncConnection
 
-_STUB = kv_transfer_service_pb2_grpc.KvTransferServiceStub
+
+class _STUB:
+    def __init__(self, channel):
+        self.PullKv = channel.unary_stream("/sale_prefill.v1.KvTransferService/PullKv", request_serializer=kv_transfer_service_pb2.PullKvRequest.SerializeToString)
 
 
 class AsyncKvCalls(AsyncConnection):
@@ -30,6 +34,7 @@ class AsyncKvCalls(AsyncConnection):
         checksum: Checksum = "crc32c",
         generation: int = 0,
         progress: bool | BytesCallback = False,
+        into=None,
         timeout_seconds: float | None = None,
     ) -> KvCache:
         """Copy a session's KV cache to this process.
@@ -63,7 +68,7 @@ class AsyncKvCalls(AsyncConnection):
             generation=generation,
         )
         assembler = KvAssembler(
-            session_id, token_range=token_range, layer_range=layer_range, layout=layout, checksum=checksum
+            session_id, token_range=token_range, layer_range=layer_range, layout=layout, checksum=checksum, into=into
         )
 
         def next_request() -> tuple[kv_transfer_service_pb2.PullKvRequest, str]:
@@ -74,10 +79,11 @@ class AsyncKvCalls(AsyncConnection):
         frames = self._stream(_STUB, "PullKv", next_request, timeout_seconds=timeout_seconds)
         with closing(frames), bytes_reporter(progress) as report:
             while not assembler.complete and (frame := await frames.read()) is not None:
-                if frame.WhichOneof("frame") == "manifest":
+                frame = PULL_FRAMES.decode(frame)
+                if not isinstance(frame, ChunkFrame):
                     assembler.add_manifest(frame.manifest)
                 else:
-                    assembler.add_chunk(frame.chunk)
+                    assembler.add_chunk(frame)
                     frames.progressed()
                     report(assembler.received_bytes, assembler.total_bytes)
             await frames.finish()

@@ -1,0 +1,129 @@
+"""Messages of KV streams to domain objects and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from sale_prefill.v1 import kv_pb2
+from sale_prefill_server.errors import PrefillError, Reason, invalid_field
+from sale_prefill_server.sessions.session import Session, token_digest
+from sale_prefill_server.transfer.checksums import Checksum
+from sale_prefill_server.transfer.chunks import DEFAULT_CHUNK_BYTES, MINIMUM_CHUNK_BYTES, ChunkPlan, KvRange, Layout
+
+_LAYOUTS = {
+    kv_pb2.KV_LAYOUT_UNSPECIFIED: Layout.THD,
+    kv_pb2.KV_LAYOUT_THD: Layout.THD,
+    kv_pb2.KV_LAYOUT_HTD: Layout.HTD,
+}
+_CHECKSUMS = {
+    kv_pb2.CHECKSUM_ALGORITHM_UNSPECIFIED: Checksum.CRC32C,
+    kv_pb2.CHECKSUM_ALGORITHM_CRC32C: Checksum.CRC32C,
+    kv_pb2.CHECKSUM_ALGORITHM_XXH3_64: Checksum.XXH3_64,
+    kv_pb2.CHECKSUM_ALGORITHM_NONE: Checksum.NONE,
+}
+_LAYOUT_VALUES = {Layout.THD: kv_pb2.KV_LAYOUT_THD, Layout.HTD: kv_pb2.KV_LAYOUT_HTD}
+_CHECKSUM_VALUES = {
+    Checksum.NONE: kv_pb2.CHECKSUM_ALGORITHM_NONE,
+    Checksum.CRC32C: kv_pb2.CHECKSUM_ALGORITHM_CRC32C,
+    Checksum.XXH3_64: kv_pb2.CHECKSUM_ALGORITHM_XXH3_64,
+}
+
+
+def layout_of(value: kv_pb2.KvLayout, field: str = "layout") -> Layout:
+    """An axis order; THD where left out.
+
+    Raises:
+        PrefillError: INVALID_FIELD.
+    """
+    if value not in _LAYOUTS:
+        raise invalid_field(field, f"{value} is no KvLayout; ask for THD or HTD")
+    return _LAYOUTS[value]
+
+
+def checksum_of(value: kv_pb2.ChecksumAlgorithm, field: str = "checksum_algorithm") -> Checksum:
+    """A digest; CRC32C where left out.
+
+    Raises:
+        PrefillError: INVALID_FIELD.
+    """
+    if value not in _CHECKSUMS:
+        raise invalid_field(field, f"{value} is none that this server knows")
+    return _CHECKSUMS[value]
+
+
+def layout_value(layout: Layout) -> kv_pb2.KvLayout:
+    """The message's number of an axis order."""
+    return _LAYOUT_VALUES[layout]
+
+
+def range_of(message: kv_pb2.KvRange) -> KvRange:
+    """A range as asked for: 0 ends mean the end."""
+    return KvRange(message.token_start, message.token_end, message.layer_start, message.layer_end)
+
+
+def chunk_bytes_of(asked: int, max_chunk_bytes: int) -> int:
+    """Target size of a chunk; the default where left out.
+
+    Raises:
+        PrefillError: INVALID_FIELD, too small to be worth a message or over the message limit.
+    """
+    chunk_bytes = asked or min(DEFAULT_CHUNK_BYTES, max_chunk_bytes)
+    if not MINIMUM_CHUNK_BYTES <= chunk_bytes <= max_chunk_bytes:
+        raise invalid_field("chunk_bytes", f"{chunk_bytes}: must be {MINIMUM_CHUNK_BYTES} to {max_chunk_bytes}")
+    return chunk_bytes
+
+
+def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, *, every_field: bool = False) -> None:
+    """Both sides mean the same bytes.
+
+    Args:
+        actual: this server's format.
+        expected: the caller's.
+        every_field: compare fields that the caller left out, too.
+
+    Raises:
+        PrefillError: KV_SPEC_MISMATCH, naming the first field that differs and both values.
+    """
+    for field in actual.DESCRIPTOR.fields:
+        ours, theirs = getattr(actual, field.name), getattr(expected, field.name)
+        if ours == theirs or not (theirs or every_field):
+            continue
+        if field.type == FieldDescriptor.TYPE_ENUM:
+            ours, theirs = (_enum_name(field, value) for value in (ours, theirs))
+        raise PrefillError(
+            Reason.KV_SPEC_MISMATCH,
+            f"{field.name} is {ours!r} here and {theirs!r} in the request: "
+            "the KV is of another model, or in another format",
+            metadata={"field": field.name, "expected": theirs, "actual": ours},
+            field=field.name,
+        )
+
+
+def _enum_name(field: FieldDescriptor, value: int) -> str:
+    known = field.enum_type.values_by_number.get(value)
+    return str(value) if known is None else known.name
+
+
+def manifest_message(
+    session: Session, spec: kv_pb2.KvSpec, plan: ChunkPlan, checksum: Checksum, *, token_ids: Sequence[int] = ()
+) -> kv_pb2.KvManifest:
+    """The first message of a stream that sends a session's KV."""
+    range_ = plan.range
+    whole = range_.token_end == session.num_tokens
+    return kv_pb2.KvManifest(
+        spec=spec,
+        range=kv_pb2.KvRange(
+            token_start=range_.token_start,
+            token_end=range_.token_end,
+            layer_start=range_.layer_start,
+            layer_end=range_.layer_end,
+        ),
+        total_bytes=plan.total_bytes,
+        total_chunks=plan.total_chunks,
+        checksum_algorithm=_CHECKSUM_VALUES[checksum],
+        generation=session.generation,
+        token_digest=session.token_digest() if whole else token_digest(session.tokens[: range_.token_end]),
+        token_ids=token_ids,
+    )
