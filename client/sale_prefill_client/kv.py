@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .extras import require
+from .options import Attention
 from .results import KvSpec
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class KvCache:
         token_digest: SHA-256 of the session's token ids before `token_end` (see `tokens.token_digest`).
         buffer: raw little-endian bytes, `[layers, 2, tokens, kv_heads, head_dim * element_bytes]` uint8 for the layout
             THD, `[layers, 2, kv_heads, tokens, head_dim * element_bytes]` for HTD; axis 1 is keys, values.
+        token_ids: the session's token ids before `token_end`, `[token_end]` uint32; None where the source named none.
+        attention: attention settings of the session, where known.
     """
 
     session_id: str
@@ -48,6 +51,8 @@ class KvCache:
     generation: int
     token_digest: bytes
     buffer: npt.NDArray[np.uint8]
+    token_ids: npt.NDArray[np.uint32] | None = None
+    attention: Attention | None = None
 
     @property
     def num_tokens(self) -> int:

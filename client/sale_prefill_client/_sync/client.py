@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from .decode import DecodeCalls
-from .kv import KvCalls
+from .kv import PullCalls
 from .prefill import PrefillCalls
-from .sessions import SessionCalls
 
 
-class Client(PrefillCalls, DecodeCalls, SessionCalls, KvCalls):
+class Client(PrefillCalls, DecodeCalls, PullCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

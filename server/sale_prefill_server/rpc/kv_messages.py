@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from google.protobuf.descriptor import FieldDescriptor
+from typing import Any
 
 from sale_prefill.v1 import kv_pb2
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
@@ -90,8 +89,8 @@ def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, *, every_field:
         ours, theirs = getattr(actual, field.name), getattr(expected, field.name)
         if ours == theirs or not (theirs or every_field):
             continue
-        if field.type == FieldDescriptor.TYPE_ENUM:
-            ours, theirs = (_enum_name(field, value) for value in (ours, theirs))
+        if field.enum_type is not None:
+            ours, theirs = (_enum_name(field.enum_type, value) for value in (ours, theirs))
         raise PrefillError(
             Reason.KV_SPEC_MISMATCH,
             f"{field.name} is {ours!r} here and {theirs!r} in the request: "
@@ -101,8 +100,8 @@ def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, *, every_field:
         )
 
 
-def _enum_name(field: FieldDescriptor, value: int) -> str:
-    known = field.enum_type.values_by_number.get(value)
+def _enum_name(enumeration: Any, value: int) -> str:
+    known = enumeration.values_by_number.get(value)
     return str(value) if known is None else known.name
 
 

@@ -30,7 +30,7 @@ from sale_prefill_server.sessions.session import Session, SessionState
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
 from sale_prefill_server.transfer.placement import Segment, Segments, SegmentView
-from sale_prefill_server.transfer.read_ahead import read_ahead, read_ahead_chunks
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
 
 
 class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
@@ -78,9 +78,9 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
                 first = pb.PullKvResponse(manifest=manifest).SerializeToString()
                 await context.send_initial_metadata(((MANIFEST_DIGEST_KEY, message_digest(first)),))
                 yield first
-                depth = read_ahead_chunks(manifest.total_bytes // manifest.total_chunks)
                 bounds = (request.resume_from_chunk, manifest.total_chunks)
-                async for frame in read_ahead(reader.frame, *bounds, executor=self._executor, depth=depth):
+                batch = max(1, BATCH_BYTES // reader.plan.chunk_bytes)
+                async for frame in read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch):
                     yield frame
                     sent_bytes += len(frame)
             failure = ""

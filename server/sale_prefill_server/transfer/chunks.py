@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from sale_prefill_server.errors import invalid_field
 from sale_prefill_server.kv.pool import KvShape
@@ -83,16 +84,17 @@ class ChunkPlan:
         shape: of the model's KV.
         chunk_bytes: target size; a chunk is a whole number of tokens.
         boundaries: positions inside the range where a new span of tokens begins, ascending: a stream of KV that is
-            being computed sends a span in all layers before the next. None for one span.
+            being computed sends a span in all layers before the next. Empty for one span.
     """
 
     def __init__(self, range_: KvRange, shape: KvShape, chunk_bytes: int, boundaries: Sequence[int] = ()) -> None:
         token_bytes = layer_token_bytes(shape)
         self.range = range_
         self.tokens_per_chunk = max(1, chunk_bytes // token_bytes)
+        self.chunk_bytes = self.tokens_per_chunk * token_bytes
         self.total_bytes = 2 * range_.num_layers * range_.num_tokens * token_bytes
         edges = (range_.token_start, *boundaries, range_.token_end)
-        self._spans = list(zip(edges, edges[1:], strict=False))
+        self._spans = list(pairwise(edges))
         self._first_chunks = [0]
         for start, end in self._spans:
             chunks = 2 * range_.num_layers * -(-(end - start) // self.tokens_per_chunk)

@@ -1,38 +1,45 @@
-"""Chunks made in threads while earlier ones are on their way, a few at a time."""
+"""Chunks made in threads while earlier ones are on their way, a batch ahead."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, Future
 
-#: Bytes that a stream may hold ready beyond the chunk that is being sent.
-READ_AHEAD_BYTES = 4 * 2**20
-#: And chunks: more do not help, one thread is ahead of the wire by then.
-READ_AHEAD_CHUNKS = 2
-
-
-def read_ahead_chunks(chunk_bytes: int) -> int:
-    """Chunks of that size to hold ready; at least one."""
-    return max(1, min(READ_AHEAD_CHUNKS, READ_AHEAD_BYTES // max(1, chunk_bytes)))
+#: Bytes of chunks that a thread makes at a time. Handing work to a thread and back costs about 0.15 ms of processor
+#: time whatever its size, as much as copying and digesting 1 MiB; a stream holds two batches at most, the one that is being
+#: sent and the next.
+BATCH_BYTES = 4 * 2**20
 
 
 async def read_ahead(
-    make: Callable[[int], bytes], start: int, end: int, *, executor: Executor, depth: int
+    make: Callable[[int], bytes], start: int, end: int, *, executor: Executor, batch_chunks: int
 ) -> AsyncIterator[bytes]:
-    """`make(index)` for each index of [start, end), in order, up to `depth` of them ahead of the reader.
+    """`make(index)` for each index of [start, end), in order; a batch is made while the one before is read.
 
-    Nothing runs any more once this has ended, however it ends.
+    The first batch is a single chunk, so that the stream begins at once. Nothing runs any more once this has ended,
+    however it ends.
     """
-    pending: deque[Future[bytes]] = deque()
+    batches = _batches(start, end, batch_chunks)
+    ahead = _submit(executor, make, batches)
     try:
-        for index in range(start, end + depth):
-            if index < end:
-                pending.append(executor.submit(make, index))
-            if index >= start + depth:
-                yield await asyncio.wrap_future(pending.popleft())
+        while ahead is not None:
+            made = await asyncio.wrap_future(ahead)
+            ahead = _submit(executor, make, batches)
+            while made:
+                yield made.pop(0)
     finally:
-        running = [asyncio.wrap_future(future) for future in pending if not future.cancel()]
-        if running:
-            await asyncio.wait(running)
+        if ahead is not None and not ahead.cancel():
+            await asyncio.wait([asyncio.wrap_future(ahead)])
+
+
+def _batches(start: int, end: int, batch_chunks: int) -> Iterator[range]:
+    edge = start + 1
+    while start < end:
+        yield range(start, min(edge, end))
+        start, edge = edge, edge + batch_chunks
+
+
+def _submit(executor: Executor, make: Callable[[int], bytes], batches: Iterator[range]) -> Future[list[bytes]] | None:
+    batch = next(batches, None)
+    return None if batch is None else executor.submit(lambda: [make(index) for index in batch])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,11 @@ FRAMES = st.builds(ChunkFrame, UINT32, UINT32, st.integers(0, 3), UINT32, UINT32
 
 
 def as_message(frame: ChunkFrame) -> kv_pb2.KvChunk:
-    return kv_pb2.KvChunk(**{**frame._asdict(), "data": bytes(frame.data)})
+    return kv_pb2.KvChunk(**{**dataclasses.asdict(frame), "data": bytes(frame.data)})
 
 
 def as_frame(chunk: kv_pb2.KvChunk) -> ChunkFrame:
-    return ChunkFrame(*(getattr(chunk, name) for name in ChunkFrame._fields))
+    return ChunkFrame(*(getattr(chunk, name) for name in ChunkFrame.__slots__))
 
 
 @EACH_STREAM
