@@ -67,6 +67,7 @@ from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Retention, SessionState
 from sale_prefill_server.transfer.placement import NoSegments
+from sale_prefill_server.transfer.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Server:
             return
         self._connect(self._service)
         self._service.scheduler.start()
-        self._sweeper = asyncio.create_task(self._sweep(self._service.manager))
+        self._sweeper = asyncio.create_task(self._sweep(self._service.manager, self._uploads))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def _load(self) -> _Service:
@@ -268,6 +269,7 @@ class Server:
             max_queued_requests=config.max_queued_requests,
             request_retention_seconds=config.request_retention_seconds,
         )
+        self._uploads = Uploads(admission.open_import, service.manager, config.upload_idle_seconds)
         converter = Converter(
             engine.model,
             self.server_id,
@@ -280,7 +282,13 @@ class Server:
             PrefillServicer(admission, converter),
             SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
             KvTransferServicer(
-                service.manager, converter, self._events, self._copiers, NoSegments(), config.max_message_bytes
+                service.manager,
+                converter,
+                self._events,
+                self._copiers,
+                NoSegments(),
+                self._uploads,
+                config.max_message_bytes,
             ),
             ServerServicer(
                 engine,
@@ -328,6 +336,7 @@ class Server:
             await self._grpc.stop(_GRACE_SECONDS)
         self._copiers.shutdown()
         if self._service is not None:
+            self._uploads.close()
             self._service.manager.close()
         if self._http is not None:
             self._http[0].shutdown()
@@ -346,10 +355,11 @@ class Server:
         for name in ("", *(service.full_name for service in SERVICES)):
             await self._health.set(name, status)
 
-    async def _sweep(self, manager: SessionManager) -> None:
+    async def _sweep(self, manager: SessionManager, uploads: Uploads) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             manager.sweep()
+            uploads.sweep()
 
 
 _ADDERS: tuple[Callable[[Any, Any], None], ...] = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .decode import AsyncDecodeCalls
-from .kv import AsyncPullCalls
 from .prefill import AsyncPrefillCalls
+from .pull import AsyncPullCalls
 
 
 class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncPullCalls):

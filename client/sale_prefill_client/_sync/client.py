@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from .decode import DecodeCalls
-from .kv import PullCalls
 from .prefill import PrefillCalls
+from .pull import PullCalls
 
 
 class Client(PrefillCalls, DecodeCalls, PullCalls):

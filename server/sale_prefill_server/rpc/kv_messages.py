@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 from sale_prefill.v1 import kv_pb2
+from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
+from sale_prefill_server.rpc.convert import Converter, identifier, labels_of
 from sale_prefill_server.sessions.session import Session, token_digest
 from sale_prefill_server.transfer.checksums import Checksum
 from sale_prefill_server.transfer.chunks import DEFAULT_CHUNK_BYTES, MINIMUM_CHUNK_BYTES, ChunkPlan, KvRange, Layout
+from sale_prefill_server.transfer.uploads import ImportCommand
 
+#: Of the element types that a model's KV may have.
+ELEMENT_BYTES = {
+    kv_pb2.ELEMENT_TYPE_FLOAT32: 4,
+    kv_pb2.ELEMENT_TYPE_FLOAT16: 2,
+    kv_pb2.ELEMENT_TYPE_BFLOAT16: 2,
+}
 _LAYOUTS = {
     kv_pb2.KV_LAYOUT_UNSPECIFIED: Layout.THD,
     kv_pb2.KV_LAYOUT_THD: Layout.THD,
@@ -74,12 +85,13 @@ def chunk_bytes_of(asked: int, max_chunk_bytes: int) -> int:
     return chunk_bytes
 
 
-def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, *, every_field: bool = False) -> None:
+def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, field_name: str, *, every_field: bool = False) -> None:
     """Both sides mean the same bytes.
 
     Args:
         actual: this server's format.
         expected: the caller's.
+        field_name: field of the request that holds it.
         every_field: compare fields that the caller left out, too.
 
     Raises:
@@ -96,7 +108,7 @@ def require_spec(actual: kv_pb2.KvSpec, expected: kv_pb2.KvSpec, *, every_field:
             f"{field.name} is {ours!r} here and {theirs!r} in the request: "
             "the KV is of another model, or in another format",
             metadata={"field": field.name, "expected": theirs, "actual": ours},
-            field=field.name,
+            field=f"{field_name}.{field.name}",
         )
 
 
@@ -126,3 +138,75 @@ def manifest_message(
         token_digest=session.token_digest() if whole else token_digest(session.tokens[: range_.token_end]),
         token_ids=token_ids,
     )
+
+
+def import_command(
+    header: pb.PushKvHeader, converter: Converter, tenant: str, request_id: str, field: str
+) -> ImportCommand:
+    """What a push wants, its contract checked.
+
+    Args:
+        header: of the push.
+        converter: knows the model's format and the server's defaults.
+        tenant: of the caller.
+        request_id: idempotency key; empty for none.
+        field: field of the request that holds the header.
+
+    Raises:
+        PrefillError: KV_SPEC_MISMATCH; CHECKSUM_MISMATCH, the token ids differ from their digest; INVALID_FIELD.
+    """
+    manifest = header.manifest
+    layout = layout_of(manifest.spec.layout, f"{field}.manifest.spec.layout")
+    actual = converter.kv_spec(layout_value(layout))
+    expected = kv_pb2.KvSpec()
+    expected.CopyFrom(manifest.spec)
+    expected.layout = layout_value(layout)
+    require_spec(actual, expected, f"{field}.manifest.spec", every_field=True)
+    token_ids = array("I", header.token_ids)
+    _check_whole(manifest, actual, len(token_ids), f"{field}.manifest")
+    if token_digest(token_ids) != manifest.token_digest:
+        raise PrefillError(
+            Reason.CHECKSUM_MISMATCH,
+            f"the {len(token_ids)} token ids differ from their digest: send both again",
+            field=f"{field}.manifest.token_digest",
+        )
+    return ImportCommand(
+        tenant=tenant,
+        request_id=request_id,
+        fingerprint=hashlib.sha256(header.SerializeToString(deterministic=True)).digest(),
+        session_id=identifier(f"{field}.session_id", header.session_id),
+        token_ids=token_ids,
+        layout=layout,
+        checksum=checksum_of(manifest.checksum_algorithm, f"{field}.manifest.checksum_algorithm"),
+        total_chunks=manifest.total_chunks,
+        retention=converter.retention(header.retention),
+        attention=converter.attention(header.attention) if header.HasField("attention") else None,
+        labels=labels_of(header.labels),
+    )
+
+
+def _check_whole(manifest: kv_pb2.KvManifest, spec: kv_pb2.KvSpec, num_tokens: int, field: str) -> None:
+    """A session is made of all layers of tokens from the first on."""
+    part = manifest.range
+    layers = part.layer_end or spec.num_layers
+    if (part.token_start, part.token_end or num_tokens, part.layer_start, layers) != (
+        0,
+        num_tokens,
+        0,
+        spec.num_layers,
+    ):
+        raise invalid_field(
+            f"{field}.range",
+            f"tokens [{part.token_start}, {part.token_end}) of layers [{part.layer_start}, {part.layer_end}): a push "
+            f"brings all {num_tokens} tokens that it names in all {spec.num_layers} layers",
+        )
+    tensors = 2 * spec.num_layers
+    total_bytes = tensors * num_tokens * spec.num_kv_heads * spec.head_dim * ELEMENT_BYTES[spec.element_type]
+    if manifest.total_bytes != total_bytes:
+        raise invalid_field(
+            f"{field}.total_bytes", f"{manifest.total_bytes}: KV of {num_tokens} tokens is {total_bytes}"
+        )
+    if not tensors <= manifest.total_chunks <= tensors * max(1, num_tokens):
+        raise invalid_field(
+            f"{field}.total_chunks", f"{manifest.total_chunks}: a chunk is one or more tokens of one layer's K or V"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import grpc
 
@@ -19,18 +19,21 @@ from sale_prefill_server.rpc.interceptor import current_caller
 from sale_prefill_server.rpc.kv_messages import (
     checksum_of,
     chunk_bytes_of,
+    import_command,
     layout_of,
     layout_value,
     manifest_message,
     range_of,
     require_spec,
 )
+from sale_prefill_server.rpc.push import PushStream, read_header
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
 from sale_prefill_server.transfer.placement import Segment, Segments, SegmentView
 from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
+from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
 class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
@@ -42,6 +45,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         events: told of each stream.
         executor: threads that copy and digest chunks.
         segments: memory beside gRPC.
+        uploads: pushes under way.
         max_message_bytes: the server's limit; a chunk may have half of it.
     """
 
@@ -52,6 +56,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         events: EventBus,
         executor: Executor,
         segments: Segments,
+        uploads: Uploads,
         max_message_bytes: int,
     ) -> None:
         self._manager = manager
@@ -59,6 +64,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         self._events = events
         self._executor = executor
         self._segments = segments
+        self._uploads = uploads
         self._max_chunk_bytes = max_message_bytes // 2
 
     async def PullKv(  # noqa: N802
@@ -80,9 +86,11 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
                 yield first
                 bounds = (request.resume_from_chunk, manifest.total_chunks)
                 batch = max(1, BATCH_BYTES // reader.plan.chunk_bytes)
-                async for frame in read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch):
-                    yield frame
-                    sent_bytes += len(frame)
+                frames = read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch)
+                async with aclosing(frames):
+                    async for frame in frames:
+                        yield frame
+                        sent_bytes += len(frame)
             failure = ""
         except PrefillError as error:
             failure = str(error.reason).lower()
@@ -117,7 +125,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         if request.element_type not in (kv_pb2.ELEMENT_TYPE_UNSPECIFIED, spec.element_type):
             native = kv_pb2.ElementType.Name(spec.element_type)
             raise invalid_field("element_type", f"{request.element_type}: this server sends {native} only")
-        require_spec(spec, request.expected_spec)
+        require_spec(spec, request.expected_spec, "expected_spec")
         kv = session.sequence.kv
         range_ = resolve_range(range_of(request.range), kv.shape, session.num_tokens)
         plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(request.chunk_bytes, self._max_chunk_bytes))
@@ -130,11 +138,63 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         manifest = manifest_message(session, spec, plan, checksum, token_ids=token_ids)
         return KvReader(kv, plan, layout, checksum, PULL_FRAMES, place), manifest
 
+    async def OpenPush(  # noqa: N802
+        self, request: pb.OpenPushRequest, context: grpc.aio.ServicerContext
+    ) -> pb.OpenPushResponse:
+        """Checks the contract and makes room; finds an upload again by its request_id."""
+        request_id = required_identifier("request_id", request.request_id)
+        command = import_command(request.header, self._converter, current_caller().tenant, request_id, field="header")
+        upload = self._uploads.open(command)
+        done = self._uploads.settle(upload)
+        return pb.OpenPushResponse(
+            upload_id=upload.upload_id,
+            missing_chunks=[pb.ChunkRun(start=start, end=end) for start, end in upload.writer.missing()],
+            session=None if done is None else self._converter.session(done),
+        )
+
     async def PushKv(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.PushKvRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext
     ) -> pb.PushKvResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "PushKv is not in this release: prefill the tokens here")
+        """Header, then chunks, of a new upload or of one that OpenPush opened."""
+        header = await read_header(request_iterator, dict(context.invocation_metadata()))
+        upload = self._upload_of(header)
+        started, failure, transport, stream = time.perf_counter(), "cancelled", "grpc", None
+        try:
+            with ExitStack() as stack:
+                place = None
+                if header.transfer_id:
+                    tenant = current_caller().tenant
+                    segment = stack.enter_context(self._segments.borrow(tenant, header.transfer_id))
+                    transport = segment.transport
+                    place = upload.writer.placed_in(segment)
+                stream = PushStream(self._uploads, upload, place, self._executor)
+                await stream.take(request_iterator)
+            done = self._uploads.settle(upload)
+            if done is None and not upload.command.request_id:
+                raise invalid_field(
+                    "header.manifest.total_chunks",
+                    f"the stream ended after {stream.num_chunks} of {upload.command.total_chunks} chunks",
+                )
+            failure = ""
+        except PrefillError as error:
+            failure = str(error.reason).lower()
+            raise
+        finally:
+            if not upload.command.request_id:
+                self._uploads.drop(upload)
+            sent_bytes = 0 if stream is None else stream.num_bytes
+            self._events.emit(KvTransferred("push", transport, sent_bytes, time.perf_counter() - started, failure))
+        return pb.PushKvResponse(
+            session=None if done is None else self._converter.session(done), accepted_chunks=stream.num_chunks
+        )
+
+    def _upload_of(self, header: pb.PushKvHeader) -> Upload:
+        tenant = current_caller().tenant
+        if not header.upload_id:
+            return self._uploads.open(import_command(header, self._converter, tenant, "", field="header"))
+        if header.HasField("manifest") or header.token_ids or header.session_id:
+            raise invalid_field("header.upload_id", "names an upload that has its header: leave the other fields out")
+        return self._uploads.get(tenant, header.upload_id)
 
     async def OpenTransfer(  # noqa: N802
         self, request: pb.OpenTransferRequest, context: grpc.aio.ServicerContext

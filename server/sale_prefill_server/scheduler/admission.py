@@ -10,6 +10,7 @@ import numpy as np
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.sampling import Sampler
 from sale_prefill_server.engine.sequence import AttentionSettings
+from sale_prefill_server.engine.sequence import Sequence as EngineSequence
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.events import EventBus, RequestFinished
 from sale_prefill_server.kv.pool import KvCapacityError
@@ -79,6 +80,28 @@ class Admission:
             PrefillError: with the reasons of proto/sale_prefill/v1/error.proto; every session is as it was then.
         """
         return self._admit(command, "decode")
+
+    def open_import(self, token_ids: Sequence[int], attention: AttentionSettings | None) -> EngineSequence:
+        """An empty sequence with room for the KV of `token_ids`, which comes from elsewhere; the caller owns it.
+
+        Args:
+            token_ids: all that the session is to hold.
+            attention: of what will be appended; None for the server's default.
+
+        Raises:
+            PrefillError: NO_TOKENS, INVALID_TOKEN, CONTEXT_EXCEEDED, KV_CAPACITY.
+        """
+        if not len(token_ids):
+            raise PrefillError(Reason.NO_TOKENS, "token_ids is empty: say which tokens the KV is of", field="token_ids")
+        self._check_tokens(token_ids)
+        self._check_length(len(token_ids))
+        sequence = self._engine.open(attention or self._engine.defaults)
+        try:
+            _take_room(sequence, len(token_ids))
+        except PrefillError:
+            sequence.release()
+            raise
+        return sequence
 
     def _admit(self, command: PrefillCommand | DecodeCommand, kind: str) -> Admitted:
         try:
@@ -247,16 +270,7 @@ class Admission:
     def _reserve(self, session: Session, new_tokens: int, *, extra_tokens: int) -> Accepted:
         total_tokens = session.num_tokens + new_tokens
         self._check_length(total_tokens)
-        try:
-            session.sequence.kv.reserve(total_tokens + extra_tokens)
-        except KvCapacityError as error:
-            raise PrefillError(
-                Reason.KV_CAPACITY,
-                f"{total_tokens + extra_tokens} tokens need {error.needed_bytes} bytes of KV more, "
-                f"{error.free_bytes} are free: delete sessions, or give the server more --kv-memory",
-                metadata={"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes},
-                retry_after_seconds=1.0,
-            ) from error
+        _take_room(session.sequence, total_tokens + extra_tokens)
         return self._accepted(session, new_tokens)
 
     def _accepted(self, session: Session, new_tokens: int) -> Accepted:
@@ -274,3 +288,16 @@ class Admission:
             self._manager.drop(session, "rejected")
         else:
             self._manager.check_in(session, session.state_before_busy or SessionState.READY)
+
+
+def _take_room(sequence: EngineSequence, num_tokens: int) -> None:
+    try:
+        sequence.kv.reserve(num_tokens)
+    except KvCapacityError as error:
+        raise PrefillError(
+            Reason.KV_CAPACITY,
+            f"{num_tokens} tokens need {error.needed_bytes} bytes of KV more, "
+            f"{error.free_bytes} are free: delete sessions, or give the server more --kv-memory",
+            metadata={"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes},
+            retry_after_seconds=1.0,
+        ) from error

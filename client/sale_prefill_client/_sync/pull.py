@@ -1,4 +1,4 @@
-# Generated from _async/kv.py by tools/generate_sync_client.py. Do not edit.
+# Generated from _async/pull.py by tools/generate_sync_client.py. Do not edit.
 """KV bytes to the caller."""
 
 from __future__ import annotations
