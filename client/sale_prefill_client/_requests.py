@@ -240,3 +240,25 @@ def pull_request(
         setattr(request.range, f"{name}_start", start)
         setattr(request.range, f"{name}_end", end or 0)
     return request
+
+
+def push_request(
+    manifest: kv_pb2.KvManifest,
+    token_ids: TokenIds,
+    *,
+    session_id: str | None,
+    request_id: str | None,
+    attention: Attention | None,
+    lease_seconds: float | None,
+    sliding: bool,
+    labels: Mapping[str, str] | None,
+) -> kv_transfer_service_pb2.OpenPushRequest:
+    """A request to import KV; a request id is made up where there is none."""
+    header = kv_transfer_service_pb2.PushKvHeader(
+        session_id=session_id or "", token_ids=token_array(token_ids).tolist(), manifest=manifest, labels=labels
+    )
+    if attention is not None:
+        header.attention.CopyFrom(attention_options(attention))
+    if lease_seconds is not None or sliding:
+        header.retention.CopyFrom(retention(lease_seconds, sliding))
+    return kv_transfer_service_pb2.OpenPushRequest(request_id=request_id or new_request_id(), header=header)

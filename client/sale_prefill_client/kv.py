@@ -109,6 +109,15 @@ class KvCache:
         keys_and_values = self.torch()[layer - self.layer_start]
         return keys_and_values[0], keys_and_values[1]
 
+    def require_whole(self, who: str) -> None:
+        """ValueError where the first token or a layer is not held; `who` begins its message."""
+        if self.token_start or self.layer_start or self.layer_end != self.spec.num_layers:
+            raise ValueError(
+                f"{who} every layer from token 0 on; this cache holds tokens "
+                f"{self.token_start}..{self.token_end} of layers {self.layer_start}..{self.layer_end} of "
+                f"{self.spec.num_layers}. Pull the whole session"
+            )
+
     def to_dynamic_cache(self, config: Any = None) -> Any:
         """The KV as a `transformers.DynamicCache` of batch 1, `[1, kv_heads, tokens, head_dim]` per layer.
 
@@ -122,12 +131,7 @@ class KvCache:
             MissingExtraError: torch or transformers is not installed.
             ValueError: the range lacks the first token or a layer, so no model could go on from it.
         """
-        if self.token_start or self.layer_start or self.layer_end != self.spec.num_layers:
-            raise ValueError(
-                f"a model needs every layer from token 0 on; this cache holds tokens "
-                f"{self.token_start}..{self.token_end} of layers {self.layer_start}..{self.layer_end} of "
-                f"{self.spec.num_layers}. Pull the whole session"
-            )
+        self.require_whole("a model needs")
         transformers = require("transformers", extra="torch", purpose="KV as a transformers cache")
         whole = self.torch()
         heads_first = whole if self.spec.layout == "HTD" else whole.transpose(2, 3)

@@ -41,6 +41,23 @@ async def run_together(calls: Sequence[Callable[[], Awaitable[_Result]]], stop: 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def begin_upload(method: Any, frames: Any, **options: Any) -> Any:
+    """Start a client stream that sends what `frames` yields."""
+    return method(frames, **options)
+
+
+async def upload_response(call: Any, timeout_seconds: float | None) -> Any:
+    """The response of a client stream.
+
+    Raises:
+        SalePrefillError: the call failed.
+    """
+    try:
+        return await call
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, timeout_seconds) from error
+
+
 class EventReader:
     """Reads one server stream.
 

@@ -91,7 +91,7 @@ class AsyncPullCalls(AsyncSessionCalls):
             expected_spec=expected_spec,
         )
         assembler = partial(KvAssembler, session_id, layout=layout, checksum=checksum)
-        with bytes_reporter(progress) as report:
+        with bytes_reporter(progress, "pulling") as report:
             if stripes > 1:
                 stripe = partial(self._stripe, request, assembler, timeout_seconds)
                 session = await self.get_session(session_id)

@@ -45,6 +45,25 @@ def run_together(calls: Sequence[Callable[[], _Result]], stop: Callable[[], None
     return [future.result() for future in futures]
 
 
+def begin_upload(method: Any, frames: Any, **options: Any) -> Any:
+    """Start a client stream that sends what `frames` yields."""
+    return method.future(frames, **options)
+
+
+def upload_response(call: Any, timeout_seconds: float | None) -> Any:
+    """The response of a client stream.
+
+    Raises:
+        SalePrefillError: the call failed.
+    """
+    try:
+        return call.result()
+    except grpc.FutureCancelledError as error:
+        raise RequestCancelledError("the call was cancelled by its caller") from error
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, timeout_seconds) from error
+
+
 class _Watchdog:
     """Calls a function when an armed wait takes too long. One thread serves all waits of a stream; it starts with the
     first and is woken only when it would sleep past a deadline, so that arming costs a lock and no switch of threads.

@@ -6,9 +6,10 @@ from __future__ import annotations
 from .decode import DecodeCalls
 from .prefill import PrefillCalls
 from .pull import PullCalls
+from .push import PushCalls
 
 
-class Client(PrefillCalls, DecodeCalls, PullCalls):
+class Client(PrefillCalls, DecodeCalls, PullCalls, PushCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

@@ -92,7 +92,7 @@ class PullCalls(SessionCalls):
             expected_spec=expected_spec,
         )
         assembler = partial(KvAssembler, session_id, layout=layout, checksum=checksum)
-        with bytes_reporter(progress) as report:
+        with bytes_reporter(progress, "pulling") as report:
             if stripes > 1:
                 stripe = partial(self._stripe, request, assembler, timeout_seconds)
                 session = self.get_session(session_id)

@@ -188,13 +188,8 @@ def import_command(
 def _check_whole(manifest: kv_pb2.KvManifest, spec: kv_pb2.KvSpec, num_tokens: int, field: str) -> None:
     """A session is made of all layers of tokens from the first on."""
     part = manifest.range
-    layers = part.layer_end or spec.num_layers
-    if (part.token_start, part.token_end or num_tokens, part.layer_start, layers) != (
-        0,
-        num_tokens,
-        0,
-        spec.num_layers,
-    ):
+    tokens, layers = part.token_end or num_tokens, part.layer_end or spec.num_layers
+    if (part.token_start, tokens, part.layer_start, layers) != (0, num_tokens, 0, spec.num_layers):
         raise invalid_field(
             f"{field}.range",
             f"tokens [{part.token_start}, {part.token_end}) of layers [{part.layer_start}, {part.layer_end}): a push "

@@ -11,7 +11,7 @@ from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.transfer.kv_writer import InOrder
 from sale_prefill_server.transfer.placement import SegmentView
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, stopped
 from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
@@ -87,8 +87,7 @@ class PushStream:
             writing = self._write(batch) if batch else None
             await self._written(writing)
         finally:
-            if writing is not None and not writing.cancel():
-                await asyncio.wait([asyncio.wrap_future(writing)])
+            await stopped(writing)
 
     def _write(self, batch: list[ChunkFrame]) -> Future[int]:
         self.num_chunks += len(batch)

@@ -22,8 +22,8 @@ Place = tuple[int, int, int, int]
 class KvWriter:
     """Takes the chunks of one import, in any order, from any thread.
 
-    A chunk may have any number of tokens; taken together, each token of each layer's K and V comes exactly once. A chunk
-    that comes again as it was, from a stream that goes on where another broke, is passed over.
+    A chunk may have any number of tokens; taken together, each token of each layer's K and V comes exactly once. A
+    chunk that comes again as it was, from a stream that goes on where another broke, is passed over.
 
     Args:
         kv: has room for `num_tokens`; a reference is held while a chunk is written.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Executor, Future
+from typing import Any
 
 #: Bytes of chunks that a thread makes at a time. Handing work to a thread and back costs about 0.15 ms of processor
-#: time whatever its size, as much as copying and digesting 1 MiB; a stream holds two batches at most, the one that is being
-#: sent and the next.
+#: time whatever its size, as much as copying and digesting 1 MiB. A stream holds two batches at most: the one that is
+#: being sent and the next.
 BATCH_BYTES = 4 * 2**20
 
 
 async def read_ahead(
     make: Callable[[int], bytes], start: int, end: int, *, executor: Executor, batch_chunks: int
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """`make(index)` for each index of [start, end), in order; a batch is made while the one before is read.
 
     The first batch is a single chunk, so that the stream begins at once. Nothing runs any more once this has ended,
@@ -29,8 +30,13 @@ async def read_ahead(
             while made:
                 yield made.pop(0)
     finally:
-        if ahead is not None and not ahead.cancel():
-            await asyncio.wait([asyncio.wrap_future(ahead)])
+        await stopped(ahead)
+
+
+async def stopped(future: Future[Any] | None) -> None:
+    """Cancels what has not begun and waits for what has, whatever comes of it."""
+    if future is not None and not future.done() and not future.cancel():
+        await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
 
 
 def _batches(start: int, end: int, batch_chunks: int) -> Iterator[range]:
