@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,14 @@ class RunningServer:
         request = prefill_service_pb2.DecodeRequest(session_id=session_id, max_new_tokens=max_new_tokens, **fields)
         events = list(self.prefill.Decode(request, timeout=60))
         return [token.token_id for event in events for token in event.tokens.tokens]
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Returns as soon as `condition` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
 
     def session(self, session_id: str) -> session_service_pb2.Session:
         """A session as the server describes it."""

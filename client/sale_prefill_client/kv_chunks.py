@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +75,8 @@ class KvChunks:
         layer, kind, start, count = self._place(index)
         tensor, run = self._cache.buffer[layer, kind], slice(start, start + count)
         part = tensor[run] if self._cache.spec.layout == "THD" else tensor[:, run]
-        data = memoryview(np.ascontiguousarray(part).reshape(-1))
+        flat: npt.NDArray[np.uint8] = np.ascontiguousarray(part).reshape(-1)
+        data = flat.data
         checksum = 0 if self._digest is None else self._digest(data)
         return PUSH_FRAMES.encode(ChunkFrame(index, layer, kind + 1, start, count, checksum, data)), data.nbytes
 
@@ -87,7 +89,7 @@ def split_runs(runs: Runs, count: int) -> list[Runs]:
     parts: list[Runs] = [[] for _ in edges[1:]]
     first = 0  # of the run, counted over all runs
     for start, end in runs:
-        for part, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        for part, (low, high) in enumerate(pairwise(edges)):
             low, high = max(low, first), min(high, first + end - start)
             if low < high:
                 parts[part].append((start + low - first, start + high - first))

@@ -34,7 +34,6 @@ _ELEMENT_TYPES: dict[int, ElementType] = {
     kv_pb2.ELEMENT_TYPE_FLOAT8_E5M2: "float8_e5m2",
     kv_pb2.ELEMENT_TYPE_INT8: "int8",
 }
-_ELEMENT_TYPE_NUMBERS = {name: number for number, name in _ELEMENT_TYPES.items()}
 _ELEMENT_BYTES: dict[ElementType, int] = {
     "float32": 4,
     "float16": 2,
@@ -44,7 +43,6 @@ _ELEMENT_BYTES: dict[ElementType, int] = {
     "int8": 1,
 }
 _LAYOUTS: dict[int, Layout] = {kv_pb2.KV_LAYOUT_HTD: "HTD", kv_pb2.KV_LAYOUT_THD: "THD"}
-_LAYOUT_NUMBERS = {name: number for number, name in _LAYOUTS.items()}
 _SESSION_STATES: dict[int, SessionState] = {
     session_service_pb2.SESSION_STATE_BUSY: "busy",
     session_service_pb2.SESSION_STATE_PARTIAL: "partial",
@@ -120,10 +118,8 @@ class KvSpec:
         """The message."""
         return kv_pb2.KvSpec(
             model_fingerprint=self.model_fingerprint,
-            element_type=kv_pb2.ElementType(_ELEMENT_TYPE_NUMBERS[self.element_type]),
-            layout=kv_pb2.KV_LAYOUT_UNSPECIFIED
-            if self.layout is None
-            else kv_pb2.KvLayout(_LAYOUT_NUMBERS[self.layout]),
+            element_type=kv_pb2.ElementType.Value(f"ELEMENT_TYPE_{self.element_type.upper()}"),
+            layout=kv_pb2.KvLayout.Value(f"KV_LAYOUT_{self.layout or 'UNSPECIFIED'}"),
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

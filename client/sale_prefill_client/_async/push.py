@@ -107,7 +107,7 @@ class AsyncPushCalls(AsyncConnection):
                 _STUB,
                 "OpenPush",
                 request,
-                timeout_seconds=deadline.remaining_seconds(),
+                timeout_seconds=_positive(deadline.remaining_seconds()),
                 session_id=request.header.session_id,
                 repeatable=True,
             )
@@ -126,7 +126,9 @@ class AsyncPushCalls(AsyncConnection):
             for response in responses:
                 if response.HasField("session"):
                     return response.session
-            raise ProtocolError("the server took every chunk that was missing, and made no session of them")
+            # A stream that broke off on this side may still hold the last chunks on the other.
+            waiting = UnavailableError("the server has every chunk, and no session yet")
+            await sleep(attempts.wait_seconds(waiting))
 
     async def _send_striped(
         self,
@@ -181,6 +183,10 @@ class AsyncPushCalls(AsyncConnection):
             timeout=deadline.remaining_seconds(),
             metadata=[*self._metadata(None), (MANIFEST_DIGEST_KEY, message_digest(header))],
         )
+
+
+def _positive(seconds: float | None) -> float | None:
+    return None if seconds is None else max(seconds, 1e-3)
 
 
 def _checked(message: session_service_pb2.Session, header: pb.PushKvHeader) -> Session:
