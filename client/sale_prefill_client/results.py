@@ -118,8 +118,8 @@ class KvSpec:
         """The message."""
         return kv_pb2.KvSpec(
             model_fingerprint=self.model_fingerprint,
-            element_type=kv_pb2.ElementType.Value(f"ELEMENT_TYPE_{self.element_type.upper()}"),
-            layout=kv_pb2.KvLayout.Value(f"KV_LAYOUT_{self.layout or 'UNSPECIFIED'}"),
+            element_type=f"ELEMENT_TYPE_{self.element_type.upper()}",
+            layout=f"KV_LAYOUT_{self.layout or 'UNSPECIFIED'}",
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
