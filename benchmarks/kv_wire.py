@@ -9,20 +9,25 @@ client process of its own, and they take turns.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import grpc
 import numpy as np
 
 from benchmarks.served import serving
+from sale_prefill.v1 import kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill_client import AsyncClient, Client, KvCache
 
 Direction = Literal["pull", "push"]
