@@ -70,6 +70,8 @@ from sale_prefill_server.sessions.archive import SessionArchive
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Durability, Retention, SessionState
 from sale_prefill_server.sessions.tiers import durabilities, open_store, recover_sessions
+from sale_prefill_server.transfer.placement import NoSegments
+from sale_prefill_server.transfer.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,9 @@ _SWEEP_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
 #: Seconds that sessions get to be written to other tiers at shutdown.
 _SAVE_SECONDS = 30.0
+#: Threads that copy and digest chunks of KV: one keeps ahead of a stream, and a stream in another's way waits for
+#: one chunk.
+_COPY_THREADS = 2
 #: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
 #: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -134,6 +139,7 @@ class Server:
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[Any, threading.Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._copiers = ThreadPoolExecutor(_COPY_THREADS, "kv-copy")
 
     async def start(self) -> None:
         """Binds both ports.
@@ -185,7 +191,7 @@ class Server:
             return
         self._connect(self._service)
         self._service.scheduler.start()
-        self._sweeper = asyncio.create_task(self._sweep(self._service.manager))
+        self._sweeper = asyncio.create_task(self._sweep(self._service.manager, self._uploads))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def _load(self) -> _Service:
@@ -293,6 +299,7 @@ class Server:
             max_queued_requests=config.max_queued_requests,
             request_retention_seconds=config.request_retention_seconds,
         )
+        self._uploads = Uploads(admission.open_import, service.manager, config.upload_idle_seconds)
         converter = Converter(
             engine.model,
             self.server_id,
@@ -305,7 +312,15 @@ class Server:
         parts = (
             PrefillServicer(admission, converter),
             SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
-            KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
+            KvTransferServicer(
+                service.manager,
+                converter,
+                self._events,
+                self._copiers,
+                NoSegments(),
+                self._uploads,
+                config.max_message_bytes,
+            ),
             ServerServicer(
                 engine,
                 service.manager,
@@ -364,7 +379,9 @@ class Server:
                 await asyncio.to_thread(self._service.loader.close)
         if self._grpc is not None:
             await self._grpc.stop(_GRACE_SECONDS)
+        self._copiers.shutdown()
         if self._service is not None:
+            self._uploads.close()
             self._service.manager.close()
             if self._service.archive is not None:
                 await asyncio.to_thread(self._service.archive.close, _SAVE_SECONDS)
@@ -385,10 +402,11 @@ class Server:
         for name in ("", *(service.full_name for service in SERVICES)):
             await self._health.set(name, status)
 
-    async def _sweep(self, manager: SessionManager) -> None:
+    async def _sweep(self, manager: SessionManager, uploads: Uploads) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             manager.sweep()
+            uploads.sweep()
 
 
 _ADDERS: tuple[Callable[[Any, Any], None], ...] = (

@@ -76,6 +76,7 @@ class ServerConfig:
     default_lease_seconds: float = _setting(600.0, "lease of a session that asks for none", minimum=0)
     max_lease_seconds: float = _setting(86400.0, "longest lease that a caller may ask for", minimum=0)
     request_retention_seconds: float = _setting(600.0, "how long a request_id answers with its result", minimum=0)
+    upload_idle_seconds: float = _setting(60.0, "how long a push that broke off keeps what came", minimum=1)
     cache_dir: str = _setting("", "folder of fetched and converted models; empty is the user's cache folder")
     trust_remote_code: bool = _setting(False, "run Python code that a model folder brings")
     log_level: str = _setting("info", "least level logged", choices=("debug", "info", "warning", "error"))

@@ -10,6 +10,7 @@ import numpy as np
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.sampling import Sampler
 from sale_prefill_server.engine.sequence import AttentionSettings
+from sale_prefill_server.engine.sequence import Sequence as EngineSequence
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, RequestFinished
 from sale_prefill_server.kv.pool import PAGE_TOKENS, KvCapacityError
@@ -86,6 +87,31 @@ class Admission:
             PrefillError: with the reasons of proto/sale_prefill/v1/error.proto; every session is as it was then.
         """
         return self._admit(command, "decode")
+
+    def open_import(
+        self, tenant: str, token_ids: Sequence[int], attention: AttentionSettings | None
+    ) -> EngineSequence:
+        """An empty sequence with room for the KV of `token_ids`, which comes from elsewhere; the caller owns it.
+
+        Args:
+            tenant: whose it is.
+            token_ids: all that the session is to hold.
+            attention: of what will be appended; None for the server's default.
+
+        Raises:
+            PrefillError: NO_TOKENS, INVALID_TOKEN, CONTEXT_EXCEEDED, KV_CAPACITY.
+        """
+        if not len(token_ids):
+            raise PrefillError(Reason.NO_TOKENS, "token_ids is empty: say which tokens the KV is of", field="token_ids")
+        self._check_tokens(token_ids)
+        self._check_length(len(token_ids))
+        sequence = self._engine.open(attention or self._engine.defaults, tenant)
+        try:
+            self._take_room(sequence, len(token_ids))
+        except PrefillError:
+            sequence.release()
+            raise
+        return sequence
 
     def _admit(self, command: PrefillCommand | DecodeCommand, kind: str) -> Admitted:
         try:
@@ -303,13 +329,16 @@ class Admission:
         pages = -(-total_tokens // PAGE_TOKENS)
         num_bytes = pages * self._engine.model.kv_shape.page_bytes
         self._manager.check_pin_quota(session.tenant, session.retention, num_bytes, but=session)
+        self._take_room(session.sequence, total_tokens)
+
+    def _take_room(self, sequence: EngineSequence, num_tokens: int) -> None:
         try:
-            session.sequence.kv.reserve(total_tokens)
+            sequence.kv.reserve(num_tokens)
         except KvCapacityError as error:
             if not self._manager.make_room(error.needed_bytes - error.free_bytes):
                 raise kv_capacity(error) from error
             try:
-                session.sequence.kv.reserve(total_tokens)
+                sequence.kv.reserve(num_tokens)
             except KvCapacityError as again:
                 raise kv_capacity(again) from again
 

@@ -37,7 +37,7 @@ from tests.unit.client.test_client_tokenizer_files import sending
 from tests.unit.client.texts import save_byte_tokenizer
 
 COMMANDS = [["prefill"], ["decode"], ["sessions", "list"], ["sessions", "get"], ["sessions", "renew"]]
-COMMANDS += [["sessions", "delete"], ["pull"], ["info"], ["serve"], ["models"]]
+COMMANDS += [["sessions", "delete"], ["pull"], ["push"], ["info"], ["serve"], ["models"]]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,7 @@ class TestHelp:
             ["decode", "SESSION", "--prompt", "And in one sentence?", "--chat", "--max-new-tokens", "64"],
             ["sessions", "renew", "SESSION", "--lease", "10m"],
             ["pull", "SESSION", "--output", "kv.safetensors", "--layers", "0:4"],
+            ["push", "kv.safetensors", "--session", "report", "--lease", "10m"],
             ["info", "--wait", "60s"],
             ["serve", "--model", "./my-model", "--port", "50051"],
             ["models", "list"],
