@@ -314,6 +314,7 @@ class Server:
             SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
             KvTransferServicer(
                 service.manager,
+                admission,
                 converter,
                 self._events,
                 self._copiers,

@@ -27,6 +27,8 @@ from sale_prefill_server.rpc.kv_messages import (
     require_spec,
 )
 from sale_prefill_server.rpc.push import PushStream, read_header
+from sale_prefill_server.rpc.residency import brought_back
+from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
@@ -41,6 +43,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
 
     Args:
         manager: sessions.
+        admission: brings KV back that is not on the device.
         converter: messages.
         events: told of each stream.
         executor: threads that copy and digest chunks.
@@ -52,6 +55,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
     def __init__(
         self,
         manager: SessionManager,
+        admission: Admission,
         converter: Converter,
         events: EventBus,
         executor: Executor,
@@ -60,6 +64,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         max_message_bytes: int,
     ) -> None:
         self._manager = manager
+        self._admission = admission
         self._converter = converter
         self._events = events
         self._executor = executor
@@ -72,6 +77,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
     ) -> AsyncIterator[bytes]:
         """Manifest, then chunks. The stream reads one generation; later appends do not disturb it."""
         session = self._readable_session(request)
+        await brought_back(self._admission, session)
         kv = session.sequence.kv.acquire()
         started, sent_bytes, failure, transport = time.perf_counter(), 0, "cancelled", "grpc"
         try:
