@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import logging
 import mmap
 import os
 from collections.abc import Callable
@@ -12,8 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-
-logger = logging.getLogger(__name__)
 
 #: Neither side may cut the memory from under the other, which would then die of SIGBUS, nor take such seals off or add
 #: some that stop writing.
@@ -56,7 +54,7 @@ class SegmentMemory(Protocol):
         ...
 
     def bytes(self) -> torch.Tensor:
-        """All of it, as uint8 [size_bytes]; drop it before `free`."""
+        """All of it, as uint8 [size_bytes]; not to be used after `free`."""
         ...
 
     def free(self) -> None:
@@ -118,10 +116,8 @@ class SharedMemory:
             self._unpin()
             self._unpin = None
         self._bytes = None
-        try:
+        with contextlib.suppress(BufferError):  # somebody still has a view: the last one unmaps it
             self._mapping.close()
-        except BufferError:  # somebody kept a view: the collector unmaps when that goes
-            logger.error("a view of a KV segment outlives it: %d bytes stay mapped", self.size_bytes)
         os.close(self._descriptor)
 
 

@@ -80,7 +80,7 @@ class _Record:
 
 
 class Segment:
-    """A segment in the hands of one stream, from `SegmentBroker.use`."""
+    """A segment in the hands of one stream, from `SegmentBroker.borrow`."""
 
     def __init__(self, broker: SegmentBroker, record: _Record) -> None:
         self.transport = record.memory.transport
@@ -216,20 +216,23 @@ class SegmentBroker:
                 del self._open_by_tenant[tenant]
 
     @contextmanager
-    def use(self, tenant: str, transfer_id: str) -> Iterator[Segment]:
+    def borrow(self, tenant: str, transfer_id: str) -> Iterator[Segment]:
         """A segment for one stream, alone. Its idle time starts again when the stream ends.
 
         Raises:
-            PrefillError: TRANSFER_UNKNOWN, closed, expired or another tenant's; INVALID_FIELD, nobody has connected to
-                it, or another stream uses it.
+            PrefillError: TRANSFER_UNKNOWN, closed, expired or another tenant's; SESSION_BUSY, another stream has it;
+                INVALID_FIELD, nobody has connected to it.
         """
         with self._lock:
             record = self._find(tenant, transfer_id)
             if not record.connected:
                 raise invalid_field("transfer_id", f"{transfer_id}: connect to its socket before a stream names it")
             if record.user is not None:
-                raise invalid_field(
-                    "transfer_id", f"{transfer_id}: another stream uses it; wait for its end, or open another transfer"
+                raise PrefillError(
+                    Reason.SESSION_BUSY,
+                    f"another stream uses transfer {transfer_id!r}: wait for its end, or open another transfer",
+                    metadata={"transfer_id": transfer_id},
+                    field="transfer_id",
                 )
             record.user = segment = Segment(self, record)
             record.holds += 1

@@ -27,11 +27,11 @@ _Bytes = npt.NDArray[np.uint8]
 PIECE_BYTES = 2**19
 
 
-class Placement:
+class SegmentPlacement:
     """One stream's KV in one segment. Different chunks may be written or taken by different threads at once.
 
     Args:
-        segment: from `SegmentBroker.use`, for as long as that lasts.
+        segment: from `SegmentBroker.borrow`, for as long as that lasts.
         shape: geometry of the model's KV.
         range_: part of the session that the stream covers.
         layout: axis order in the segment.
@@ -148,7 +148,7 @@ class Placement:
 def _runs(
     place: torch.Tensor, parts: Sequence[torch.Tensor], layout: Layout
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The chunk in the order of its bytes, as pairs of equal shape: a contiguous run in the segment, what belongs there."""
+    """The chunk as pairs of equal shape, in the order of its bytes: a run of the segment, what belongs there."""
     sizes = [part.shape[0] for part in parts]
     if layout is Layout.THD:
         yield from zip(torch.split(place, sizes), parts, strict=True)
