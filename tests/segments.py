@@ -55,14 +55,13 @@ def connected(ticket: SegmentTicket) -> SharedSegment:
 def peer_process(ticket: SegmentTicket) -> Iterator[subprocess.Popen[str]]:
     """Another process that has mapped the segment as `array`; it evaluates the lines that it reads."""
     command = [sys.executable, "-c", PEER, ticket.transfer_id, descriptor_of(ticket).hex(), str(ticket.size_bytes)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "mapped\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "mapped\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def answer(process: subprocess.Popen[str], expression: str) -> str:

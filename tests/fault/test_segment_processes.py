@@ -110,7 +110,7 @@ def test_a_server_that_is_killed_leaves_its_reader_the_memory_and_its_successor_
         connected(broker.open("a", SHM, SIZE_BYTES)).close()
         assert left[0] not in [entry.name for entry in run.iterdir()]
     assert [entry.name for entry in run.iterdir()] == ["lock"]
-    assert set(os.listdir("/dev/shm")) == shared_memory
+    assert set(Path("/dev/shm").iterdir()) == shared_memory
 
 
 def test_a_server_leaves_the_folders_of_others_that_live(tmp_path: Path) -> None:
