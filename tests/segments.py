@@ -12,8 +12,9 @@ from pathlib import Path
 
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_client.segments import SharedSegment
+from sale_prefill_server.transfer.segment_budget import SegmentLimits
 from sale_prefill_server.transfer.segment_memory import SegmentTransport, SharedMemory
-from sale_prefill_server.transfer.segments import Allocator, SegmentBroker, SegmentLimits, SegmentTicket, open_broker
+from sale_prefill_server.transfer.segments import Allocator, SegmentBroker, SegmentTicket, open_broker
 
 SHM = SegmentTransport.SHM
 ALLOCATORS: Mapping[SegmentTransport, Allocator] = {SHM: SharedMemory}

@@ -66,6 +66,8 @@ from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Retention, SessionState
+from sale_prefill_server.transfer.configured_segments import configured_broker
+from sale_prefill_server.transfer.segments import SegmentBroker
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class _Service:
     engine: Engine
     manager: SessionManager
     scheduler: Scheduler
+    segments: SegmentBroker
 
 
 class Server:
@@ -208,7 +211,8 @@ class Server:
             guard=self._guard(profile),
         )
         self._log_start(engine, engine.warm_up())
-        return _Service(engine, SessionManager(self._events), Scheduler())
+        segments = configured_broker(config, model.device)
+        return _Service(engine, SessionManager(self._events), Scheduler(), segments)
 
     def _guard(self, profile: Profile | None) -> Guard | None:
         config = self.config
@@ -274,7 +278,7 @@ class Server:
         parts = (
             PrefillServicer(admission, converter),
             SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
-            KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
+            KvTransferServicer(service.manager, converter, self._events, service.segments, config.max_message_bytes),
             ServerServicer(
                 engine,
                 service.manager,
@@ -320,6 +324,7 @@ class Server:
         if self._grpc is not None:
             await self._grpc.stop(_GRACE_SECONDS)
         if self._service is not None:
+            await asyncio.to_thread(self._service.segments.close_all)
             self._service.manager.close()
         if self._http is not None:
             self._http[0].shutdown()

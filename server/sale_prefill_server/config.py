@@ -59,6 +59,16 @@ class ServerConfig:
         0, "prefill chunk, a multiple of 128: the unit of fairness; 0: 2048 on the CPU, 8192 on a GPU", minimum=0
     )
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
+    transfer_memory: str = _setting(
+        "auto", "bytes of host memory that callers on this host may share; auto is a quarter of what is free, 0 is none"
+    )
+    transfer_device_memory: str = _setting(
+        "auto", "bytes of GPU memory that callers on this host may share; auto is an eighth of the GPU's, 0 is none"
+    )
+    transfer_directory: str = _setting(
+        "", "folder for the socket of shared memory; empty is in the user's runtime folder"
+    )
+    transfer_uids: str = _setting("", "numbers of other users whose processes may share memory, with commas between")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
     max_message_bytes: int = _setting(8 * 2**20, "largest gRPC message, either way", minimum=2**16)
     max_queued_requests: int = _setting(256, "requests that may wait or run", minimum=1)
@@ -103,6 +113,14 @@ class ServerConfig:
     def kv_memory_bytes(self) -> int | None:
         """Bytes for KV, or None for automatic."""
         return None if self.kv_memory == "auto" else parse_bytes("kv_memory", self.kv_memory)
+
+    @property
+    def transfer_uid_numbers(self) -> frozenset[int]:
+        """Users named by `transfer_uids`."""
+        parts = [part.strip() for part in self.transfer_uids.split(",") if part.strip()]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"transfer_uids = {self.transfer_uids!r}: write user numbers, such as 1000,1001")
+        return frozenset(int(part) for part in parts)
 
     def describe(self) -> str:
         """One `name = value` line a setting, as TOML; printed at start."""

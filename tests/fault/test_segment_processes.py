@@ -56,8 +56,8 @@ def test_a_reader_that_is_killed_in_the_middle_of_a_stream_leaves_nothing(tmp_pa
                 with segment.memory() as memory:  # the stream has not noticed yet
                     memory[SIZE_BYTES // 2 :] = 6
                     del memory
-                assert broker.used_bytes() == SIZE_BYTES
-            wait_until(lambda: broker.used_bytes() == 0)
+                assert broker.budget.used_bytes() == SIZE_BYTES
+            wait_until(lambda: broker.budget.used_bytes() == 0)
             with pytest.raises(PrefillError), broker.borrow("a", ticket.transfer_id):
                 pass
         wait_until(lambda: open_descriptors() == descriptors)
@@ -69,7 +69,7 @@ def test_a_reader_that_is_killed_between_streams_leaves_nothing(tmp_path: Path) 
         ticket = broker.open("a", SHM, SIZE_BYTES)
         with peer_process(ticket) as reader:
             reader.send_signal(signal.SIGKILL)
-            wait_until(lambda: broker.used_bytes() == 0)
+            wait_until(lambda: broker.budget.used_bytes() == 0)
         assert memfds() == 0
 
 

@@ -14,6 +14,7 @@ from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.events import EventBus, KvTransferred
 from sale_prefill_server.rpc.convert import Converter, required_identifier
 from sale_prefill_server.rpc.interceptor import current_caller
+from sale_prefill_server.rpc.transfer_calls import TransferCalls
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState, token_digest
 from sale_prefill_server.transfer.kv_stream import (
@@ -25,6 +26,7 @@ from sale_prefill_server.transfer.kv_stream import (
     Layout,
     resolve_range,
 )
+from sale_prefill_server.transfer.segments import SegmentBroker
 
 _LAYOUTS = {
     kv_pb2.KV_LAYOUT_UNSPECIFIED: Layout.THD,
@@ -46,12 +48,20 @@ _CHECKSUM_VALUES = {
 _KINDS = (kv_pb2.KV_KIND_KEY, kv_pb2.KV_KIND_VALUE)
 
 
-class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
+class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
     """Serves KV bytes in gRPC messages."""
 
-    def __init__(self, manager: SessionManager, converter: Converter, events: EventBus, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        manager: SessionManager,
+        converter: Converter,
+        events: EventBus,
+        segments: SegmentBroker,
+        max_message_bytes: int,
+    ) -> None:
         self._manager = manager
         self._converter = converter
+        self._segments = segments
         self._events = events
         self._max_chunk_bytes = max_message_bytes // 2
 
@@ -149,15 +159,3 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
     ) -> pb.PushKvResponse:
         """Not in this release."""
         raise PrefillError(Reason.NOT_IMPLEMENTED, "PushKv is not in this release: prefill the tokens here")
-
-    async def OpenTransfer(  # noqa: N802
-        self, request: pb.OpenTransferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.OpenTransferResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "OpenTransfer is not in this release: use PullKv")
-
-    async def CloseTransfer(  # noqa: N802
-        self, request: pb.CloseTransferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.CloseTransferResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "CloseTransfer is not in this release: use PullKv")

@@ -8,7 +8,6 @@ import os
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,29 +16,13 @@ from pathlib import Path
 import torch
 
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
+from sale_prefill_server.transfer.segment_budget import SegmentBudget, SegmentLimits, no_capacity
 from sale_prefill_server.transfer.segment_listener import TOKEN_BYTES, Admission, SegmentListener
 from sale_prefill_server.transfer.segment_memory import SegmentMemory, SegmentTransport, whole_pages
 from sale_prefill_server.transfer.socket_directory import SocketDirectory
 
 #: Makes memory of at least so many bytes.
 Allocator = Callable[[int], SegmentMemory]
-
-
-@dataclass(frozen=True)
-class SegmentLimits:
-    """How much there may be, and for how long.
-
-    Args:
-        capacity_bytes: all segments of a transport together; a transport that is not here is not offered.
-        segments_per_tenant: open ones of one tenant.
-        connect_seconds: a segment whose owner does not connect to it goes after this.
-        idle_seconds: one that no stream uses goes after this, connected or not.
-    """
-
-    capacity_bytes: Mapping[SegmentTransport, int]
-    segments_per_tenant: int = 16
-    connect_seconds: float = 30.0
-    idle_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ class SegmentBroker:
     until the server stops; a stream that uses it then still has it to its end.
 
     Args:
-        directory: where the socket goes; the broker removes it in the end.
+        directory: where the socket goes; the broker removes it in the end. None where there are no allocators.
         limits: how much, how long.
         allocators: by transport, best first as this server sees it.
         allowed_uids: users beside this one whose processes may connect.
@@ -117,7 +100,7 @@ class SegmentBroker:
 
     def __init__(
         self,
-        directory: SocketDirectory,
+        directory: SocketDirectory | None,
         limits: SegmentLimits,
         allocators: Mapping[SegmentTransport, Allocator],
         allowed_uids: frozenset[int] = frozenset(),
@@ -127,22 +110,17 @@ class SegmentBroker:
         self._allocators = allocators
         self._lock = threading.Lock()
         self._records: dict[str, _Record] = {}
-        self._open_by_tenant: Counter[str] = Counter()
-        self._used_bytes: Counter[SegmentTransport] = Counter()
+        self.budget = SegmentBudget(limits)
         self._stopped = False
-        self._listener = SegmentListener(
-            directory.socket_path("kv.sock"), allowed_uids, self._admit, self._peer_gone, self.sweep
-        )
+        self._listener: SegmentListener | None = None
+        if directory is not None:
+            path = directory.socket_path("kv.sock")
+            self._listener = SegmentListener(path, allowed_uids, self._admit, self._peer_gone, self.sweep)
 
     @property
     def transports(self) -> tuple[SegmentTransport, ...]:
         """What can be opened here."""
         return tuple(self._allocators)
-
-    def used_bytes(self, transport: SegmentTransport | None = None) -> int:
-        """Bytes of open segments, of one transport or of all."""
-        with self._lock:
-            return self._used_bytes.total() if transport is None else self._used_bytes[transport]
 
     def open(self, tenant: str, transport: SegmentTransport, size_bytes: int) -> SegmentTicket:
         """A new segment. May take seconds where memory is registered with a device: call it off the event loop.
@@ -152,19 +130,21 @@ class SegmentBroker:
         """
         if size_bytes <= 0:
             raise invalid_field("size_bytes", f"{size_bytes}: a segment has at least one byte")
-        if transport not in self._allocators:
+        if transport not in self._allocators or self._listener is None:
             raise invalid_field("transports", f"{transport} is not offered here")
+        if self._stopped:
+            raise PrefillError(Reason.SHUTTING_DOWN, "the server is stopping: try another one")
         taken_bytes = whole_pages(size_bytes)
-        self._reserve(tenant, transport, taken_bytes)
+        self.budget.take(tenant, transport, taken_bytes)
         try:
             memory = self._allocators[transport](size_bytes)
         except (OSError, RuntimeError) as error:
-            self._give_back(tenant, transport, taken_bytes)
-            raise _no_capacity(
+            self.budget.give_back(tenant, transport, taken_bytes)
+            raise no_capacity(
                 f"{size_bytes} bytes of {transport} memory cannot be had: {error}", size_bytes, 0
             ) from error
         except BaseException:
-            self._give_back(tenant, transport, taken_bytes)
+            self.budget.give_back(tenant, transport, taken_bytes)
             raise
         token = secrets.token_bytes(TOKEN_BYTES)
         record = _Record(
@@ -187,33 +167,6 @@ class SegmentBroker:
             memory.ipc_handle,
             self._limits.connect_seconds,
         )
-
-    def _reserve(self, tenant: str, transport: SegmentTransport, size_bytes: int) -> None:
-        limit = self._limits.segments_per_tenant
-        with self._lock:
-            if self._stopped:
-                raise PrefillError(Reason.SHUTTING_DOWN, "the server is stopping: try another one")
-            free_bytes = self._limits.capacity_bytes[transport] - self._used_bytes[transport]
-            if size_bytes > free_bytes:
-                raise _no_capacity(
-                    f"a segment of {size_bytes} bytes: {free_bytes} of {transport} memory are free; ask for less, "
-                    "close another transfer, or move the bytes through gRPC",
-                    size_bytes,
-                    free_bytes,
-                )
-            if self._open_by_tenant[tenant] >= limit:
-                raise _no_capacity(
-                    f"{limit} transfers are open, the most that a tenant may have: close one", size_bytes, free_bytes
-                )
-            self._open_by_tenant[tenant] += 1
-            self._used_bytes[transport] += size_bytes
-
-    def _give_back(self, tenant: str, transport: SegmentTransport, size_bytes: int) -> None:
-        with self._lock:
-            self._used_bytes[transport] -= size_bytes
-            self._open_by_tenant[tenant] -= 1
-            if not self._open_by_tenant[tenant]:
-                del self._open_by_tenant[tenant]
 
     @contextmanager
     def borrow(self, tenant: str, transfer_id: str) -> Iterator[Segment]:
@@ -267,10 +220,12 @@ class SegmentBroker:
         with self._lock:
             self._stopped = True
             records = list(self._records.values())
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         for record in records:
             self._close(record)
-        self._directory.remove()
+        if self._directory is not None:
+            self._directory.remove()
 
     def _find(self, tenant: str, transfer_id: str) -> _Record:
         record = self._records.get(transfer_id)
@@ -332,37 +287,30 @@ class SegmentBroker:
                 del self._records[record.transfer_id]
         if waits_for_peer:  # its connection ends when it has unmapped the memory
             return
-        if record.connected:
+        if record.connected and self._listener is not None:
             self._listener.disconnect(record.transfer_id)
         try:
             record.memory.free()
         finally:
-            self._give_back(record.tenant, record.memory.transport, record.memory.size_bytes)
+            self.budget.give_back(record.tenant, record.memory.transport, record.memory.size_bytes)
 
 
 def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
-def _no_capacity(message: str, needed_bytes: int, free_bytes: int) -> PrefillError:
-    return PrefillError(
-        Reason.KV_CAPACITY,
-        message,
-        metadata={"needed_bytes": needed_bytes, "free_bytes": free_bytes},
-    )
-
-
 def open_broker(
     base: Path, limits: SegmentLimits, allocators: Mapping[SegmentTransport, Allocator], allowed_uids: frozenset[int]
 ) -> SegmentBroker:
-    """A broker with a new socket directory within `base`.
+    """A broker with a new socket directory within `base`; without one where there is nothing to offer.
 
     Raises:
         SocketDirectoryError: the directory cannot be used.
     """
-    directory = SocketDirectory(base, shared=bool(allowed_uids))
+    directory = SocketDirectory(base, shared=bool(allowed_uids)) if allocators else None
     try:
         return SegmentBroker(directory, limits, allocators, allowed_uids)
     except BaseException:
-        directory.remove()
+        if directory is not None:
+            directory.remove()
         raise

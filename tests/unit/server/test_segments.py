@@ -152,9 +152,9 @@ def test_a_segment_goes_with_its_owners_connection(broker: SegmentBroker) -> Non
     ticket = broker.open("a", SHM, MIB)
     segment = connected(ticket)
     array = segment.array((4,))
-    assert broker.used_bytes() == MIB
+    assert broker.budget.used_bytes() == MIB
     segment.close()
-    wait_until(lambda: broker.used_bytes() == 0)
+    wait_until(lambda: broker.budget.used_bytes() == 0)
     assert refused(broker, ticket) is Reason.TRANSFER_UNKNOWN
     array[:] = 3  # the owner's mapping stays
     assert array.tolist() == [3] * 4
@@ -168,8 +168,8 @@ def test_a_stream_has_its_segment_to_its_end(broker: SegmentBroker) -> None:
         wait_until(lambda: refused(broker, ticket) is Reason.TRANSFER_UNKNOWN)
         with mine.memory() as memory:
             memory.fill_(1)
-        assert broker.used_bytes() == MIB
-    assert broker.used_bytes() == 0
+        assert broker.budget.used_bytes() == MIB
+    assert broker.budget.used_bytes() == 0
 
 
 def test_a_copy_that_a_cancelled_stream_left_running_still_has_its_memory(broker: SegmentBroker) -> None:
@@ -188,10 +188,10 @@ def test_a_copy_that_a_cancelled_stream_left_running_still_has_its_memory(broker
         thread.start()
         inside.wait(10)
         broker.close("a", ticket.transfer_id)
-    assert broker.used_bytes() == MIB
+    assert broker.budget.used_bytes() == MIB
     go_on.set()
     thread.join()
-    assert broker.used_bytes() == 0
+    assert broker.budget.used_bytes() == 0
     with pytest.raises(PrefillError, match="has ended"), mine.memory():
         pass
     segment.close()
@@ -202,7 +202,7 @@ def test_closing_ends_the_owners_connection(broker: SegmentBroker) -> None:
     segment = connected(ticket)
     broker.close("a", ticket.transfer_id)
     wait_until(lambda: not segment.connected)
-    assert broker.used_bytes() == 0
+    assert broker.budget.used_bytes() == 0
     with pytest.raises(PrefillError):
         broker.close("a", ticket.transfer_id)
 
@@ -210,18 +210,18 @@ def test_closing_ends_the_owners_connection(broker: SegmentBroker) -> None:
 def test_what_nobody_uses_is_swept(tmp_path: Path) -> None:
     with broker_in(tmp_path, connect_seconds=0.0, idle_seconds=0.2) as broker:
         broker.open("a", SHM, MIB)
-        wait_until(lambda: broker.used_bytes() == 0)
+        wait_until(lambda: broker.budget.used_bytes() == 0)
     with broker_in(tmp_path, idle_seconds=0.0) as broker:
         ticket = broker.open("a", SHM, MIB)
         segment = connected(ticket)
-        wait_until(lambda: not segment.connected and broker.used_bytes() == 0)
+        wait_until(lambda: not segment.connected and broker.budget.used_bytes() == 0)
     with broker_in(tmp_path, idle_seconds=0.3) as broker:
         ticket = broker.open("a", SHM, MIB)
         segment = connected(ticket)
         with broker.borrow("a", ticket.transfer_id):
             time.sleep(0.4)
             broker.sweep()
-            assert broker.used_bytes() == MIB
+            assert broker.budget.used_bytes() == MIB
 
 
 def test_bytes_and_segments_are_limited(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_bytes_and_segments_are_limited(tmp_path: Path) -> None:
         assert caught.value.metadata == {"needed_bytes": str(30 * MIB), "free_bytes": str(24 * MIB)}
         for segment in held:
             segment.close()
-        wait_until(lambda: broker.used_bytes() == 0)
+        wait_until(lambda: broker.budget.used_bytes() == 0)
         broker.open("a", SHM, 60 * MIB)
 
 
@@ -246,7 +246,7 @@ def test_memory_that_cannot_be_had_is_accounted_for(tmp_path: Path, monkeypatch:
         with pytest.raises(PrefillError, match="no memory") as caught:
             broker.open("a", SHM, MIB)
         assert caught.value.reason is Reason.KV_CAPACITY
-        assert broker.used_bytes() == 0
+        assert broker.budget.used_bytes() == 0
         assert open_descriptors() == before
 
 
@@ -261,13 +261,13 @@ def test_hundreds_of_segments_leave_nothing(broker: SegmentBroker) -> None:
         segment.close()
 
     cycle(0)
-    wait_until(lambda: broker.used_bytes() == 0)
+    wait_until(lambda: broker.budget.used_bytes() == 0)
     before = open_descriptors()
     for number in range(300):
         cycle(number)
-    wait_until(lambda: broker.used_bytes() == 0)
+    wait_until(lambda: broker.budget.used_bytes() == 0)
     wait_until(lambda: open_descriptors() == before)
-    assert not broker._open_by_tenant
+    assert not broker.budget.open_segments()
 
 
 def test_closing_a_broker_frees_everything_and_its_folder(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_closing_a_broker_frees_everything_and_its_folder(tmp_path: Path) -> Non
     with broker_in(tmp_path / "run") as broker:
         segment = connected(broker.open("a", SHM, MIB))
         broker.open("a", SHM, MIB)
-    assert broker.used_bytes() == 0
+    assert broker.budget.used_bytes() == 0
     assert not segment.connected
     segment.close()
     assert open_descriptors() == before
