@@ -33,6 +33,10 @@ class SegmentUnreachableError(OSError):
     """The segment cannot be had from here: another host, container or user, or a server that has ended."""
 
 
+class SegmentFallbackWarning(UserWarning):
+    """Memory was to be shared with the server and is not; the bytes go another way."""
+
+
 class SharedSegment:
     """A segment of shared memory, mapped.
 

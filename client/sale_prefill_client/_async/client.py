@@ -6,9 +6,10 @@ from .decode import AsyncDecodeCalls
 from .kv import AsyncKvCalls
 from .prefill import AsyncPrefillCalls
 from .sessions import AsyncSessionCalls
+from .transfers import AsyncTransferCalls
 
 
-class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncSessionCalls, AsyncKvCalls):
+class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncSessionCalls, AsyncKvCalls, AsyncTransferCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

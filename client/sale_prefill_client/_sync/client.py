@@ -7,9 +7,10 @@ from .decode import DecodeCalls
 from .kv import KvCalls
 from .prefill import PrefillCalls
 from .sessions import SessionCalls
+from .transfers import TransferCalls
 
 
-class Client(PrefillCalls, DecodeCalls, SessionCalls, KvCalls):
+class Client(PrefillCalls, DecodeCalls, SessionCalls, KvCalls, TransferCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see
