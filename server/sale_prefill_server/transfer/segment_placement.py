@@ -23,8 +23,12 @@ from sale_prefill_server.transfer.segments import Segment
 
 _Bytes = npt.NDArray[np.uint8]
 
-#: Bytes that are copied and then digested while they are in the core's cache (`benchmarks/kv_shm.py` chose it).
-PIECE_BYTES = 2**19
+#: Bytes that are handled at a time, so that the second of copy and digest finds them in a cache. GB/s of copy and digest
+#: on one core of an EPYC (Zen 4) beside a memcpy of all, 11.0, xxh3_64 / crc32c: digest first, then copy, 9.1 / 7.2 in
+#: pieces of 128 KiB, 10.7 / 7.9 of 512 KiB, 13.1 / 9.2 of 2 and 4 MiB; copy first, then digest the copy, 10.3 / 8.3,
+#: 11.3 / 9.3 and 10.5 / 8.6.
+WRITE_PIECE_BYTES = 2**21
+TAKE_PIECE_BYTES = 2**19
 
 
 class SegmentPlacement:
@@ -162,30 +166,32 @@ def _as_bytes(tensor: torch.Tensor) -> _Bytes:
     return array.reshape(-1) if array.flags.c_contiguous else array
 
 
-def _pieces(target: _Bytes, source: _Bytes) -> Iterator[tuple[_Bytes, _Bytes]]:
-    """Both in pieces of PIECE_BYTES along the first axis; flat where both are contiguous."""
+def _pieces(target: _Bytes, source: _Bytes, piece_bytes: int) -> Iterator[tuple[_Bytes, _Bytes]]:
+    """Both in pieces along the first axis; flat where both are contiguous."""
     if target.ndim != source.ndim:  # one side is flat
         shape = target.shape if target.ndim > source.ndim else source.shape
         target, source = target.reshape(shape), source.reshape(shape)
-    rows = max(1, PIECE_BYTES * len(target) // target.size)
+    rows = max(1, piece_bytes * len(target) // target.size)
     for start in range(0, len(target), rows):
         yield target[start : start + rows], source[start : start + rows]
 
 
 def _write_run(target: _Bytes, source: _Bytes, digest: RunningDigest) -> None:
     """Into the segment. What is digested is this side's own where it is contiguous: nobody else can change that."""
-    for to, from_ in _pieces(target, source):
-        np.copyto(to, from_)
-        digest.update(from_ if from_.flags.c_contiguous else to)
+    for to, from_ in _pieces(target, source, WRITE_PIECE_BYTES):
+        if from_.flags.c_contiguous:
+            digest.update(from_)
+            np.copyto(to, from_)
+        else:
+            np.copyto(to, from_)
+            digest.update(to)
 
 
 def _take_run(target: _Bytes, source: _Bytes, digest: RunningDigest) -> None:
     """Out of the segment. What is digested is the copy, never what the peer can still change."""
-    for to, from_ in _pieces(target, source):
-        if to.flags.c_contiguous:
-            np.copyto(to, from_)
-            digest.update(to)
-        else:
-            own = from_.copy()
-            digest.update(own)
+    for to, from_ in _pieces(target, source, TAKE_PIECE_BYTES):
+        own = to if to.flags.c_contiguous else np.empty_like(from_)
+        np.copyto(own, from_)
+        digest.update(own)
+        if own is not to:
             np.copyto(to, own)

@@ -66,7 +66,8 @@ def test_a_chunk_comes_to_its_place_and_back(
     contiguous: bool,
     piece_bytes: int,
 ) -> None:
-    monkeypatch.setattr(segment_placement, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(segment_placement, "WRITE_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(segment_placement, "TAKE_PIECE_BYTES", piece_bytes)
     segment, owner = shared
     placement = SegmentPlacement(segment, SHAPE, RANGE, layout, checksum)
     rows = (50, 3) if layout is Layout.THD else (3, 50)
