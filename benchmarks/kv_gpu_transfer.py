@@ -1,8 +1,8 @@
 """KV of a GPU handed to another process of its host: `python -m benchmarks.kv_gpu_transfer`.
 
-Correctness first: a reader process compares a pull through pinned shared memory, and one through CUDA IPC, with what the
-KV must be. Then rates, of a session of 64K tokens of an 8B model (8 GiB) whose pages lie in runs that are not adjacent.
-What is paid once a segment (memory made, registered with the driver, mapped) is told apart from the pulls.
+Correctness first: a reader process compares a pull through pinned shared memory, and one through CUDA IPC, with what
+the KV must be. Then rates, of a session of 64K tokens of an 8B model (8 GiB) whose pages lie in runs that are not
+adjacent. What is paid once a segment (memory made, registered with the driver, mapped) is told apart from the pulls.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ import torch
 from sale_prefill_client.segments import SegmentUnreachableError, SharedSegment
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.transfer import segment_listener
+from sale_prefill_server.transfer.segment_budget import SegmentLimits
 from sale_prefill_server.transfer.segment_memory import SharedMemory
-from sale_prefill_server.transfer.segments import SegmentBroker, SegmentTicket
+from sale_prefill_server.transfer.segments import SegmentBroker, SegmentTicket, open_broker
 from sale_prefill_server.transfer.socket_directory import SocketDirectory, SocketDirectoryError
 from tests.segments import SHM, broker_in, connected, descriptor_of, open_descriptors, wait_until
 
@@ -248,6 +249,33 @@ def test_memory_that_cannot_be_had_is_accounted_for(tmp_path: Path, monkeypatch:
         assert caught.value.reason is Reason.KV_CAPACITY
         assert broker.budget.used_bytes() == 0
         assert open_descriptors() == before
+
+
+class _GoesWithItsOwner(SharedMemory):
+    """Memory that a peer must have unmapped before it may be freed, as device memory must be."""
+
+    outlives_owner = False
+
+
+def test_memory_that_does_not_outlive_its_owner_waits_for_the_peer(tmp_path: Path) -> None:
+    limits = SegmentLimits({SHM: MIB})
+    broker = open_broker(tmp_path, limits, {SHM: _GoesWithItsOwner}, frozenset())
+    ticket = broker.open("a", SHM, MIB)
+    segment = connected(ticket)
+    broker.close("a", ticket.transfer_id)
+    broker.sweep()
+    assert segment.connected
+    assert broker.budget.used_bytes() == MIB
+    assert refused(broker, ticket) is Reason.TRANSFER_UNKNOWN
+    segment.close()
+    wait_until(lambda: broker.budget.used_bytes() == 0)
+    never_connected = broker.open("a", SHM, MIB)
+    broker.close("a", never_connected.transfer_id)
+    assert broker.budget.used_bytes() == 0
+    kept = connected(broker.open("a", SHM, MIB))
+    broker.close_all()
+    assert broker.budget.used_bytes() == 0
+    kept.close()
 
 
 def test_hundreds_of_segments_leave_nothing(broker: SegmentBroker) -> None:
