@@ -1,6 +1,7 @@
 // A copy whose stores go past the caches: half the memory traffic of a plain one where the target is not in a cache,
 // since the lines that are overwritten are not read first. C libraries do this for copies of tens of MiB only.
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -57,4 +58,10 @@ extern "C" void sale_streaming_copy(void* target, const void* source, std::size_
   }
 #endif
   std::memcpy(to, from, size);
+}
+
+// Copies `count` buffers to `target`, one after the other, through the caches: for short ones, whose copy is read next.
+extern "C" void sale_gather(void* target, const void* const* sources, const std::size_t* sizes, std::size_t count) {
+  auto* to = static_cast<std::uint8_t*>(target);
+  for (std::size_t i = 0; i < count; to += sizes[i], ++i) std::memcpy(to, sources[i], sizes[i]);
 }

@@ -15,7 +15,7 @@ from sale_prefill_server.transfer.segment_budget import SegmentLimits
 from sale_prefill_server.transfer.segment_memory import SegmentTransport, SharedMemory
 from sale_prefill_server.transfer.segments import Allocator, SegmentBroker, open_broker
 from sale_prefill_server.transfer.socket_directory import SocketDirectoryError, default_base
-from sale_prefill_server.transfer.streaming_copy import load_copy
+from sale_prefill_server.transfer.streaming_copy import can_gather
 
 
 def configured_broker(config: ServerConfig, device: torch.device) -> SegmentBroker:
@@ -28,7 +28,7 @@ def configured_broker(config: ServerConfig, device: torch.device) -> SegmentBrok
     allocators: dict[SegmentTransport, Allocator] = {}
     host_bytes = _bytes(config.transfer_memory, "transfer_memory", int(psutil.virtual_memory().available) // 4)
     if host_bytes and hasattr(os, "memfd_create"):
-        load_copy()  # builds it, where this machine has not done that yet
+        can_gather()  # builds native copies, where this machine has not done that yet
         capacity_bytes[SegmentTransport.SHM] = host_bytes
         pin = _pin(device) if device.type == "cuda" else None
         allocators[SegmentTransport.SHM] = lambda size_bytes: SharedMemory(size_bytes, pin)

@@ -20,7 +20,7 @@ from sale_prefill_server.transfer.digest import RunningDigest, running_digest
 from sale_prefill_server.transfer.kv_stream import Checksum, KvRange, Layout
 from sale_prefill_server.transfer.segment_memory import SegmentTransport
 from sale_prefill_server.transfer.segments import Segment
-from sale_prefill_server.transfer.streaming_copy import load_copy
+from sale_prefill_server.transfer.streaming_copy import can_gather, gather, streaming_copy
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -31,6 +31,8 @@ _Bytes = npt.NDArray[np.uint8]
 #: 8.6 of 2 MiB.
 WRITE_PIECE_BYTES = 2**21
 TAKE_PIECE_BYTES = 2**19
+#: Runs shorter than this are copied many at a time.
+_LONG_RUN_BYTES = 2**20
 
 
 class SegmentPlacement:
@@ -88,16 +90,18 @@ class SegmentPlacement:
         """
         with self._segment.memory() as memory:
             place = self._place(memory, layer, kind, token_start, sum(source.shape[0] for source in sources))
-            pairs = list(_runs(place, sources, self._layout))
             digest = running_digest(self._checksum)
             if memory.is_cuda or sources[0].is_cuda:
                 from sale_prefill_server.transfer.device_copy import copy_and_wait
 
+                pairs = list(_runs(place, sources, self._layout))
                 copy_and_wait(pairs, ready)
                 for target, _ in pairs if self._checksum is not Checksum.NONE else ():
                     digest.update(_as_bytes(target))
+            elif self._layout is Layout.THD and _is_scattered(sources):
+                _gather_runs(place, sources, digest)
             else:
-                for target, source in pairs:
+                for target, source in _runs(place, sources, self._layout):
                     _write_run(_as_bytes(target), _as_bytes(source), digest)
             return digest.value()
 
@@ -180,7 +184,6 @@ def _pieces(target: _Bytes, source: _Bytes, piece_bytes: int) -> Iterator[tuple[
 
 def _write_run(target: _Bytes, source: _Bytes, digest: RunningDigest) -> None:
     """Into the segment. What is digested is this side's own where it is contiguous: nobody else can change that."""
-    streaming_copy = load_copy()
     for to, from_ in _pieces(target, source, WRITE_PIECE_BYTES):
         if from_.flags.c_contiguous:
             digest.update(from_)
@@ -188,6 +191,31 @@ def _write_run(target: _Bytes, source: _Bytes, digest: RunningDigest) -> None:
         else:
             np.copyto(to, from_)
             digest.update(to)
+
+
+def _is_scattered(sources: Sequence[torch.Tensor]) -> bool:
+    """Whether a chunk comes in runs so short that what Python does for each would take as long as its copy."""
+    total_bytes = sum(source.nbytes for source in sources)
+    short = len(sources) > 1 and total_bytes < len(sources) * _LONG_RUN_BYTES
+    return short and all(source.is_contiguous() for source in sources) and can_gather()
+
+
+def _gather_runs(place: torch.Tensor, sources: Sequence[torch.Tensor], digest: RunningDigest) -> None:
+    """Into the segment, many runs in one call. What is digested is the copy, while it is in a cache: only the peer that
+    is to verify it could have changed it."""
+    target, start = _as_bytes(place), 0
+    addresses: list[int] = []
+    sizes: list[int] = []
+    for number, source in enumerate(sources, 1):
+        addresses.append(source.data_ptr())
+        sizes.append(source.nbytes)
+        size = sum(sizes)
+        if size >= TAKE_PIECE_BYTES or number == len(sources):
+            piece = target[start : start + size]
+            gather(piece.ctypes.data, addresses, sizes)
+            digest.update(piece)
+            start += size
+            addresses, sizes = [], []
 
 
 def _take_run(target: _Bytes, source: _Bytes, digest: RunningDigest) -> None:

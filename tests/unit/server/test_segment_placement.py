@@ -14,7 +14,7 @@ from sale_prefill_client.options import Checksum as ClientChecksum
 from sale_prefill_client.segments import SharedSegment, digest_in_place
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.kv.pool import KvShape
-from sale_prefill_server.transfer import segment_placement
+from sale_prefill_server.transfer import segment_placement, streaming_copy
 from sale_prefill_server.transfer.kv_stream import Checksum, KvRange, Layout
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import Segment
@@ -54,6 +54,7 @@ def in_pieces(values: torch.Tensor, *, contiguous: bool) -> list[torch.Tensor]:
     return [run.transpose(0, 1).contiguous().transpose(0, 1) for run in runs]
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("piece_bytes", [100, 2**19])
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("checksum", list(Checksum))
@@ -65,7 +66,10 @@ def test_a_chunk_comes_to_its_place_and_back(
     checksum: Checksum,
     contiguous: bool,
     piece_bytes: int,
+    native: bool,
 ) -> None:
+    if not native:
+        monkeypatch.setattr(streaming_copy, "_library", lambda: None)
     monkeypatch.setattr(segment_placement, "WRITE_PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(segment_placement, "TAKE_PIECE_BYTES", piece_bytes)
     segment, owner = shared

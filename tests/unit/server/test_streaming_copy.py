@@ -14,9 +14,9 @@ from sale_prefill_server.transfer import streaming_copy
 @pytest.fixture
 def built_anew() -> Iterator[None]:
     """Nothing is remembered of this test's build."""
-    streaming_copy.load_copy.cache_clear()
+    streaming_copy._library.cache_clear()
     yield
-    streaming_copy.load_copy.cache_clear()
+    streaming_copy._library.cache_clear()
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 127, 128, 129, 1000, 65536, 65599])
@@ -25,7 +25,7 @@ def test_what_is_copied_is_all_of_it_and_nothing_else(size: int, offset: int) ->
     source = np.random.default_rng(size).integers(0, 256, size + 8, dtype=np.uint8)[7 : 7 + size]
     memory = np.full(size + 256, 0xAA, dtype=np.uint8)
     target = memory[offset : offset + size]
-    streaming_copy.load_copy()(target, source)
+    streaming_copy.streaming_copy(target, source)
     np.testing.assert_array_equal(target, source)
     assert (memory[:offset] == 0xAA).all()
     assert (memory[offset + size :] == 0xAA).all()
@@ -40,6 +40,17 @@ def test_without_a_compiler_copies_are_plain_and_that_is_said(
     monkeypatch.setattr(streaming_copy, "build", fails)
     target = np.zeros(100, dtype=np.uint8)
     for _ in range(2):
-        streaming_copy.load_copy()(target, np.ones(100, dtype=np.uint8))
+        streaming_copy.streaming_copy(target, np.ones(100, dtype=np.uint8))
     assert target.all()
+    assert not streaming_copy.can_gather()
     assert caplog.text.count("no compiler") == 1
+
+
+def test_pieces_are_gathered_in_order() -> None:
+    generator = np.random.default_rng(0)
+    pieces = [generator.integers(0, 256, size, dtype=np.uint8) for size in (5, 0, 1000, 64, 1)]
+    target = np.full(1080, 0xAA, dtype=np.uint8)
+    addresses = [piece.ctypes.data for piece in pieces]
+    streaming_copy.gather(target.ctypes.data, addresses, [piece.size for piece in pieces])
+    np.testing.assert_array_equal(target[:1070], np.concatenate(pieces))
+    assert (target[1070:] == 0xAA).all()
