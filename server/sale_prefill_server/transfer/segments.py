@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ class SegmentBroker:
         self._allocators = allocators
         self._lock = threading.Lock()
         self._records: dict[str, _Record] = {}
+        # Unmapping gigabytes takes a second: neither an event loop nor the listener waits for that.
+        self._freeing = ThreadPoolExecutor(1, "segment-free")
         self.budget = SegmentBudget(limits)
         self._stopped = False
         self._listener: SegmentListener | None = None
@@ -198,14 +201,15 @@ class SegmentBroker:
             self._let_go(record)
 
     def close(self, tenant: str, transfer_id: str) -> None:
-        """Ends a segment; a stream that uses it has it to its end.
+        """Ends a segment, and waits until its memory is free, but for what a stream that uses it has to its end.
 
         Raises:
             PrefillError: TRANSFER_UNKNOWN, closed before, expired or another tenant's.
         """
         with self._lock:
             record = self._find(tenant, transfer_id)
-        self._close(record)
+        if (freed := self._close(record)) is not None:
+            freed.result()
 
     def sweep(self) -> None:
         """Ends what nobody connected to or used for too long."""
@@ -224,6 +228,7 @@ class SegmentBroker:
             self._listener.close()
         for record in records:
             self._close(record)
+        self._freeing.shutdown()
         if self._directory is not None:
             self._directory.remove()
 
@@ -261,12 +266,12 @@ class SegmentBroker:
             record.connected = False
         self._close(record)
 
-    def _close(self, record: _Record) -> None:
+    def _close(self, record: _Record) -> Future[None] | None:
         """Marks a segment as ended; its memory goes when nobody touches it and, where need be, its peer has gone."""
         with self._lock:
             record.closed = True
             record.holds += 1
-        self._let_go(record)
+        return self._let_go(record)
 
     def _hold(self, record: _Record, user: Segment) -> None:
         with self._lock:
@@ -276,19 +281,24 @@ class SegmentBroker:
                 )
             record.holds += 1
 
-    def _let_go(self, record: _Record) -> None:
-        """Drops a hold; the last one on an ended segment frees it."""
+    def _let_go(self, record: _Record) -> Future[None] | None:
+        """Drops a hold; the last one on an ended segment has it freed."""
         with self._lock:
             record.holds -= 1
             if record.holds or not record.closed or record.transfer_id not in self._records:
-                return
-            waits_for_peer = record.connected and not record.memory.outlives_owner and not self._stopped
-            if not waits_for_peer:
-                del self._records[record.transfer_id]
-        if waits_for_peer:  # its connection ends when it has unmapped the memory
-            return
+                return None
+            if record.connected and not record.memory.outlives_owner and not self._stopped:
+                return None  # its connection ends when the peer has unmapped the memory
+            del self._records[record.transfer_id]
         if record.connected and self._listener is not None:
             self._listener.disconnect(record.transfer_id)
+        try:
+            return self._freeing.submit(self._free, record)
+        except RuntimeError:  # the broker is closed, and a stream ended after that
+            self._free(record)
+            return None
+
+    def _free(self, record: _Record) -> None:
         try:
             record.memory.free()
         finally:
