@@ -18,7 +18,7 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
-from .options import Attention, Checksum, InterruptPolicy, Layout, Range, Sampling
+from .options import Attention, Checksum, InterruptPolicy, Layout, Range, Sampling, SegmentTransport
 from .results import KvSpec
 from .tokens import TokenIds, token_array
 
@@ -32,6 +32,10 @@ _ATTENTION_MODES = {
     "dense": session_service_pb2.ATTENTION_MODE_DENSE,
 }
 _LAYOUTS = {"HTD": kv_pb2.KV_LAYOUT_HTD, "THD": kv_pb2.KV_LAYOUT_THD}
+_TRANSPORTS = {
+    "shm": kv_transfer_service_pb2.TRANSPORT_SHM,
+    "cuda_ipc": kv_transfer_service_pb2.TRANSPORT_CUDA_IPC,
+}
 _UINT32_LIMIT = 1 << 32
 _UINT64_LIMIT = 1 << 64
 _MAX_DURATION_SECONDS = 315_576_000_000
@@ -231,15 +235,40 @@ def pull_request(
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes
         request.expected_spec.CopyFrom(replace(expected_spec, layout=None).to_proto())
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def open_transfer_request(
+    *,
+    session_id: str,
+    token_range: Range | None,
+    layer_range: Range | None,
+    size_bytes: int,
+    transports: Sequence[SegmentTransport],
+) -> kv_transfer_service_pb2.OpenTransferRequest:
+    """A request for a segment; gRPC messages are its last choice, so that a server without segments can answer."""
+    if isinstance(transports, str):
+        raise _refuse("transports", transports, "a list of transports; put the one in a list")
+    request = kv_transfer_service_pb2.OpenTransferRequest(
+        session_id=session_id,
+        transports=[_choice(_TRANSPORTS, "transports", transport) for transport in transports],
+        size_bytes=_count("size_bytes", size_bytes, _UINT64_LIMIT),
+    )
+    request.transports.append(kv_transfer_service_pb2.TRANSPORT_GRPC)
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def _put_range(message: kv_pb2.KvRange, token_range: Range | None, layer_range: Range | None) -> None:
     for name, part in (("token", token_range), ("layer", layer_range)):
         if part is None:
             continue
         start, end = part
         if not 0 <= start < (_UINT32_LIMIT if end is None else end) <= _UINT32_LIMIT:
             raise _refuse(f"range.{name}_start", part, "a pair (first, one past the last or None) that is not empty")
-        setattr(request.range, f"{name}_start", start)
-        setattr(request.range, f"{name}_end", end or 0)
-    return request
+        setattr(message, f"{name}_start", start)
+        setattr(message, f"{name}_end", end or 0)
 
 
 def push_request(

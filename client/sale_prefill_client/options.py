@@ -12,6 +12,7 @@ AttentionMode = Literal["default", "sale", "dense"]
 InterruptPolicy = Literal["keep", "free"]
 Layout = Literal["THD", "HTD"]
 Checksum = Literal["crc32c", "xxh3_64", "none"]
+SegmentTransport = Literal["shm", "cuda_ipc"]
 Range = tuple[int, int | None]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
