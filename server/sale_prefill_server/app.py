@@ -57,6 +57,7 @@ from sale_prefill_server.observability.metrics import Metrics
 from sale_prefill_server.observability.store_metrics import StoreMetrics, log_store_event
 from sale_prefill_server.rpc.auth import Anonymous, Authenticator, StaticTokens
 from sale_prefill_server.rpc.convert import Converter
+from sale_prefill_server.rpc.inline_kv import InlineStreams
 from sale_prefill_server.rpc.interceptor import CallInterceptor
 from sale_prefill_server.rpc.kv_transfer_service import KvTransferServicer
 from sale_prefill_server.rpc.late_binding import LateServicer
@@ -313,7 +314,18 @@ class Server:
             durabilities(config),
         )
         parts = (
-            PrefillServicer(admission, converter),
+            PrefillServicer(
+                admission,
+                converter,
+                InlineStreams(
+                    converter,
+                    self._events,
+                    self._copiers,
+                    service.segments,
+                    config.max_message_bytes,
+                    engine.chunk_tokens,
+                ),
+            ),
             SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
             KvTransferServicer(
                 service.manager,
