@@ -40,7 +40,7 @@ class ServerProcess:
     def __init__(self, *arguments: str) -> None:
         executable = str(Path(sys.executable).parent / "sale-prefill")
         command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *arguments]
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         started = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         assert self._process.stdout is not None
