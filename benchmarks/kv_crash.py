@@ -6,10 +6,8 @@ python -m benchmarks.kv_crash [--points 1000] [--seed 1]
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
-from tests.unit.server.store.power_cut import Outcome, simulate
+from tests.unit.server.store.power_cut import Outcome, directory_for_many_files, simulate
 
 #: Each workload is cut at this many moments.
 _POINTS_PER_WORKLOAD = 200
@@ -22,9 +20,9 @@ def count(points: int, seed: int = 1) -> Outcome:
     `violations` says what must not be: lost promises, records without their blocks, bytes read wrong.
     """
     total = Outcome()
-    with tempfile.TemporaryDirectory() as directory:
+    with directory_for_many_files() as directory:
         while total.points < points:
-            workload = Path(directory) / str(total.points)
+            workload = directory / str(total.points)
             workload.mkdir()
             part = simulate(min(_POINTS_PER_WORKLOAD, points - total.points), workload, seed=seed + total.points)
             total.points += part.points

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,14 @@ class RunningServer:
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
         return float(value)
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Returns as soon as `condition` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
 
     def session(self, session_id: str) -> session_service_pb2.Session:
         """A session as the server describes it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -18,6 +19,7 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
 from .options import Attention, Checksum, Durability, InterruptPolicy, Layout, Pin, Range, Sampling
+from .results import KvSpec
 from .tokens import TokenIds, token_array
 
 _INTERRUPT_POLICIES = {
@@ -263,6 +265,7 @@ def pull_request(
     chunk_bytes: int,
     checksum: Checksum,
     generation: int,
+    expected_spec: KvSpec | None = None,
 ) -> kv_transfer_service_pb2.PullKvRequest:
     """A request for KV bytes, from its first chunk."""
     request = kv_transfer_service_pb2.PullKvRequest(
@@ -271,7 +274,10 @@ def pull_request(
         chunk_bytes=_count("chunk_bytes", chunk_bytes),
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
         generation=_count("generation", generation, _UINT64_LIMIT),
+        include_token_ids=True,
     )
+    if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes
+        request.expected_spec.CopyFrom(replace(expected_spec, layout=None).to_proto())
     for name, part in (("token", token_range), ("layer", layer_range)):
         if part is None:
             continue
@@ -281,3 +287,27 @@ def pull_request(
         setattr(request.range, f"{name}_start", start)
         setattr(request.range, f"{name}_end", end or 0)
     return request
+
+
+def push_request(
+    manifest: kv_pb2.KvManifest,
+    token_ids: TokenIds,
+    *,
+    session_id: str | None,
+    request_id: str | None,
+    attention: Attention | None,
+    lease_seconds: float | None,
+    sliding: bool,
+    durability: Durability | None,
+    pin: Pin | None,
+    labels: Mapping[str, str] | None,
+) -> kv_transfer_service_pb2.OpenPushRequest:
+    """A request to import KV; a request id is made up where there is none."""
+    header = kv_transfer_service_pb2.PushKvHeader(
+        session_id=session_id or "", token_ids=token_array(token_ids).tolist(), manifest=manifest, labels=labels
+    )
+    if attention is not None:
+        header.attention.CopyFrom(attention_options(attention))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        header.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
+    return kv_transfer_service_pb2.OpenPushRequest(request_id=request_id or new_request_id(), header=header)

@@ -11,6 +11,8 @@ from sale_prefill.v1 import kv_pb2
 from .extras import require
 from .options import Checksum
 
+Buffer = bytes | memoryview
+
 ALGORITHM_NUMBERS: dict[str, kv_pb2.ChecksumAlgorithm] = {
     "none": kv_pb2.CHECKSUM_ALGORITHM_NONE,
     "crc32c": kv_pb2.CHECKSUM_ALGORITHM_CRC32C,
@@ -18,12 +20,12 @@ ALGORITHM_NUMBERS: dict[str, kv_pb2.ChecksumAlgorithm] = {
 }
 
 
-def _crc32c(data: bytes) -> int:
+def _crc32c(data: Buffer) -> int:
     digest: int = crc32c.crc32c(data)
     return digest
 
 
-def digest_function(name: Checksum) -> Callable[[bytes], int] | None:
+def digest_function(name: Checksum) -> Callable[[Buffer], int] | None:
     """The function that digests a chunk's data; None for `"none"`.
 
     Raises:
@@ -35,7 +37,7 @@ def digest_function(name: Checksum) -> Callable[[bytes], int] | None:
     if name == "crc32c":
         return _crc32c
     if name == "xxh3_64":
-        digest: Callable[[bytes], int] = require(
+        digest: Callable[[Buffer], int] = require(
             "xxhash", extra="server", purpose="the checksum xxh3_64 (crc32c needs nothing more)"
         ).xxh3_64_intdigest
         return digest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from sale_prefill.kv_frames import ChunkFrame
 from sale_prefill.v1 import kv_pb2
 
 from .checksums import ALGORITHM_NUMBERS, digest_function
@@ -12,14 +13,15 @@ from .errors import ChecksumMismatchError, ProtocolError
 from .kv import KvCache
 from .options import Checksum, Layout, Range
 from .results import KvSpec
+from .tokens import token_digest
 
-_KIND_INDEX = {kv_pb2.KV_KIND_KEY: 0, kv_pb2.KV_KIND_VALUE: 1}
+_KIND_INDEX: dict[int, int] = {kv_pb2.KV_KIND_KEY: 0, kv_pb2.KV_KIND_VALUE: 1}
 
 
 class KvAssembler:
     """Assembles one pull, over any number of streams where the connection breaks in between.
 
-    Each byte is copied once, from what protobuf hands out to its place. Every chunk is checked: its number follows the
+    Each byte is copied once, from the message to its place. Every chunk is checked: its number follows the
     last one's, its checksum holds, it lies in the range, and it goes on where the last chunk of the same layer and kind
     ended. With the totals of the manifest that means: every byte arrived exactly once.
 
@@ -28,6 +30,7 @@ class KvAssembler:
         token_range, layer_range: what was asked for, half-open; an end of None is the session's, None is everything.
         layout: axis order asked for.
         checksum: digest asked for.
+        into: memory for the bytes, flat; fresh memory where left out.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class KvAssembler:
         layer_range: Range | None,
         layout: Layout,
         checksum: Checksum,
+        into: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         self._session_id = session_id
         self._asked_ranges = (token_range, layer_range)
         self._layout: Layout = layout
         self._checksum: Checksum = checksum
         self._digest = digest_function(checksum)
+        self._into = into
         self._manifest: kv_pb2.KvManifest | None = None
         self._spec: KvSpec | None = None
         self._buffer: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
@@ -87,6 +92,7 @@ class KvAssembler:
                 raise ProtocolError("the resumed KV stream has another manifest than the interrupted one; pull again")
             return
         spec = self._checked_spec(manifest)
+        self._check_tokens(manifest)
         token_count, layer_count = self._checked_range(manifest, spec)
         expected_bytes = layer_count * 2 * token_count * spec.layer_token_bytes
         if manifest.total_bytes != expected_bytes:
@@ -95,7 +101,10 @@ class KvAssembler:
                 f"in its format are {expected_bytes} bytes"
             )
         rows = (token_count, spec.num_kv_heads) if self._layout == "THD" else (spec.num_kv_heads, token_count)
-        self._buffer = np.empty((layer_count, 2, *rows, spec.head_dim * spec.element_bytes), dtype=np.uint8)
+        memory = np.empty(expected_bytes, np.uint8) if self._into is None else self._into[:expected_bytes]
+        if memory.nbytes < expected_bytes:
+            raise ValueError(f"the KV has {expected_bytes} bytes; the memory given for it has {memory.nbytes}")
+        self._buffer = memory.reshape(layer_count, 2, *rows, spec.head_dim * spec.element_bytes)
         self._next_token = np.full((layer_count, 2), manifest.range.token_start, dtype=np.int64)
         self._manifest, self._spec = manifest, spec
 
@@ -107,6 +116,17 @@ class KvAssembler:
             number = manifest.checksum_algorithm
             raise ProtocolError(f"the KV manifest's checksum algorithm is number {number}, not {self._checksum}")
         return spec
+
+    def _check_tokens(self, manifest: kv_pb2.KvManifest) -> None:
+        if not manifest.token_ids:
+            return
+        if len(manifest.token_ids) != manifest.range.token_end:
+            raise ProtocolError(
+                f"the KV manifest has {len(manifest.token_ids)} token ids, but its range ends at token "
+                f"{manifest.range.token_end}"
+            )
+        if token_digest(manifest.token_ids) != manifest.token_digest:
+            raise ProtocolError("the KV manifest's token ids differ from their digest; pull again")
 
     def _checked_range(self, manifest: kv_pb2.KvManifest, spec: KvSpec) -> tuple[int, int]:
         part = manifest.range
@@ -120,7 +140,7 @@ class KvAssembler:
             raise ProtocolError(f"the KV manifest's layer range ends at {layers[1]} of {spec.num_layers} layers")
         return tokens[1] - tokens[0], layers[1] - layers[0]
 
-    def add_chunk(self, chunk: kv_pb2.KvChunk) -> None:
+    def add_chunk(self, chunk: ChunkFrame | kv_pb2.KvChunk) -> None:
         """Check a chunk and copy it into its place.
 
         Raises:
@@ -132,7 +152,7 @@ class KvAssembler:
         if chunk.index != self._next_index:
             problem = "missing" if chunk.index > self._next_index else "repeated or out of order"
             raise ProtocolError(f"KV chunk {chunk.index} came where {self._next_index} was due: chunks are {problem}")
-        data = chunk.data  # once: each access makes a copy
+        data = chunk.data  # once: each access to a message's makes a copy
         if self._digest is not None and self._digest(data) != chunk.checksum:
             raise ChecksumMismatchError(
                 f"KV chunk {chunk.index} (layer {chunk.layer}, tokens from {chunk.token_start}) differs from its "
@@ -148,7 +168,7 @@ class KvAssembler:
         self._received_bytes += len(data)
 
     def _checked_place(
-        self, chunk: kv_pb2.KvChunk, num_bytes: int, part: kv_pb2.KvRange, spec: KvSpec
+        self, chunk: ChunkFrame | kv_pb2.KvChunk, num_bytes: int, part: kv_pb2.KvRange, spec: KvSpec
     ) -> tuple[int, int, int]:
         """Indices of the chunk's layer, kind and first token in the buffer."""
         name = f"KV chunk {chunk.index} (layer {chunk.layer}, kind {chunk.kind})"
@@ -191,4 +211,5 @@ class KvAssembler:
             generation=manifest.generation,
             token_digest=manifest.token_digest,
             buffer=self._buffer,
+            token_ids=np.array(manifest.token_ids, np.uint32) if manifest.token_ids else None,
         )

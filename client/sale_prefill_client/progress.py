@@ -42,14 +42,15 @@ class PrefillBar:
 class BytesBar:
     """A bar of bytes with the rate. It shows up with the first event."""
 
-    def __init__(self) -> None:
+    def __init__(self, activity: str) -> None:
+        self._activity = activity
         self._bar: tqdm[Never] | None = None
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         """Show the state."""
         if self._bar is None:
             self._bar = tqdm(
-                desc="pulling", total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True
+                desc=self._activity, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True
             )
         self._bar.update(done_bytes - self._bar.n)
 
@@ -75,12 +76,12 @@ def prefill_reporter(progress: bool | PrefillCallback) -> Iterator[PrefillCallba
 
 
 @contextmanager
-def bytes_reporter(progress: bool | BytesCallback) -> Iterator[BytesCallback]:
+def bytes_reporter(progress: bool | BytesCallback, activity: str) -> Iterator[BytesCallback]:
     """What to call with (bytes done, bytes in all): a bar's method for True, the caller's function, or nothing."""
     if callable(progress):
         yield progress
     elif progress:
-        bar = BytesBar()
+        bar = BytesBar(activity)
         try:
             yield bar
         finally:

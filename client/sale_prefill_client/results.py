@@ -133,6 +133,19 @@ class KvSpec:
             rope_fingerprint=message.rope_fingerprint,
         )
 
+    def to_proto(self) -> kv_pb2.KvSpec:
+        """The message."""
+        return kv_pb2.KvSpec(
+            model_fingerprint=self.model_fingerprint,
+            element_type=f"ELEMENT_TYPE_{self.element_type.upper()}",
+            layout=f"KV_LAYOUT_{self.layout or 'UNSPECIFIED'}",
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rope_applied=self.rope_applied,
+            rope_fingerprint=self.rope_fingerprint,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Session:

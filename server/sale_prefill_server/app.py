@@ -43,7 +43,7 @@ from sale_prefill.v1 import (
     session_service_pb2_grpc,
 )
 from sale_prefill_client._version import __version__
-from sale_prefill_server.config import ConfigError, ServerConfig
+from sale_prefill_server.config import ConfigError, ServerConfig, parse_bytes
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.guard import Guard, GuardReport, GuardSettings
 from sale_prefill_server.engine.model import LoadedModel, choose_device, load_model
@@ -54,6 +54,7 @@ from sale_prefill_server.kv.pool import KvCapacityError, KvPool
 from sale_prefill_server.models import resolve_model
 from sale_prefill_server.models.tokenizer_files import find_tokenizer_files
 from sale_prefill_server.observability.metrics import Metrics
+from sale_prefill_server.observability.store_metrics import StoreMetrics, log_store_event
 from sale_prefill_server.rpc.auth import Anonymous, Authenticator, StaticTokens
 from sale_prefill_server.rpc.convert import Converter
 from sale_prefill_server.rpc.interceptor import CallInterceptor
@@ -63,9 +64,14 @@ from sale_prefill_server.rpc.prefill_service import PrefillServicer
 from sale_prefill_server.rpc.server_service import ServerServicer
 from sale_prefill_server.rpc.session_service import SessionServicer
 from sale_prefill_server.scheduler.admission import Admission
+from sale_prefill_server.scheduler.loader import Loader
 from sale_prefill_server.scheduler.scheduler import Scheduler
+from sale_prefill_server.sessions.archive import SessionArchive
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Retention, SessionState
+from sale_prefill_server.sessions.session import Durability, Retention, SessionState
+from sale_prefill_server.sessions.tiers import durabilities, open_store, recover_sessions
+from sale_prefill_server.transfer.placement import NoSegments
+from sale_prefill_server.transfer.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +85,11 @@ SERVICES = (
 _SWEEP_SECONDS = 1.0
 #: Seconds that running calls get to end at shutdown.
 _GRACE_SECONDS = 2.0
+#: Seconds that sessions get to be written to other tiers at shutdown.
+_SAVE_SECONDS = 30.0
+#: Threads that copy and digest chunks of KV: one keeps ahead of a stream, and a stream in another's way waits for
+#: one chunk.
+_COPY_THREADS = 2
 #: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
 #: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -95,6 +106,8 @@ class _Service:
     engine: Engine
     manager: SessionManager
     scheduler: Scheduler
+    archive: SessionArchive | None
+    loader: Loader | None
 
 
 class Server:
@@ -116,6 +129,9 @@ class Server:
         self._events = EventBus()
         self._metrics = Metrics(Path(config.model).name, _methods())
         self._events.subscribe(self._metrics.observe)
+        self._store_metrics = StoreMetrics(self._metrics.registry)
+        self._events.subscribe(self._store_metrics.observe)
+        self._events.subscribe(log_store_event)
         self._health = health.aio.HealthServicer()
         self._servicers = {service.full_name: LateServicer() for service in SERVICES}
         self._service: _Service | None = None
@@ -123,6 +139,7 @@ class Server:
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[Any, threading.Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._copiers = ThreadPoolExecutor(_COPY_THREADS, "kv-copy")
 
     async def start(self) -> None:
         """Binds both ports.
@@ -174,7 +191,7 @@ class Server:
             return
         self._connect(self._service)
         self._service.scheduler.start()
-        self._sweeper = asyncio.create_task(self._sweep(self._service.manager))
+        self._sweeper = asyncio.create_task(self._sweep(self._service.manager, self._uploads))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def _load(self) -> _Service:
@@ -208,7 +225,24 @@ class Server:
             guard=self._guard(profile),
         )
         self._log_start(engine, engine.warm_up())
-        return _Service(engine, SessionManager(self._events), Scheduler())
+        return self._service_of(engine)
+
+    def _service_of(self, engine: Engine) -> _Service:
+        config = self.config
+        store = open_store(config, self._events.emit)
+        archive = None if store is None else SessionArchive(store, engine.model.fingerprint)
+        manager = SessionManager(
+            self._events,
+            archive=archive,
+            pin_quota_bytes=parse_bytes("pin_quota", config.pin_quota) or None,
+        )
+        scheduler = Scheduler()
+        if archive is None:
+            return _Service(engine, manager, scheduler, None, None)
+        started = time.perf_counter()
+        found = recover_sessions(archive, engine, manager)
+        logger.info("%d sessions of earlier runs found in %.1f s", found, time.perf_counter() - started)
+        return _Service(engine, manager, scheduler, archive, Loader(archive, scheduler))
 
     def _guard(self, profile: Profile | None) -> Guard | None:
         config = self.config
@@ -253,17 +287,19 @@ class Server:
 
     def _connect(self, service: _Service) -> None:
         config, engine = self.config, service.engine
-        retention = Retention(config.default_lease_seconds)
+        retention = Retention(config.default_lease_seconds, durability=Durability(config.durability))
         admission = Admission(
             engine,
             service.manager,
             service.scheduler,
             self._events,
+            loader=service.loader,
             default_retention=retention,
             prefix_reuse=config.prefix_reuse,
             max_queued_requests=config.max_queued_requests,
             request_retention_seconds=config.request_retention_seconds,
         )
+        self._uploads = Uploads(admission.open_import, service.manager, config.upload_idle_seconds)
         converter = Converter(
             engine.model,
             self.server_id,
@@ -271,11 +307,21 @@ class Server:
             retention,
             config.max_lease_seconds,
             engine.profile is not None,
+            durabilities(config),
         )
         parts = (
             PrefillServicer(admission, converter),
-            SessionServicer(service.manager, service.scheduler, converter, config.max_lease_seconds),
-            KvTransferServicer(service.manager, converter, self._events, config.max_message_bytes),
+            SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
+            KvTransferServicer(
+                service.manager,
+                admission,
+                converter,
+                self._events,
+                self._copiers,
+                NoSegments(),
+                self._uploads,
+                config.max_message_bytes,
+            ),
             ServerServicer(
                 engine,
                 service.manager,
@@ -305,10 +351,21 @@ class Server:
         at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
         for state in SessionState:
             at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
+        if service.archive is not None:
+            self._connect_store_gauges(service.archive)
         metrics.start_layers_at_zero(engine.model.kv_shape.num_layers)
         metrics.start_time.set_to_current_time()
         metrics.build_info.labels(__version__, str(engine.model.device), engine.attention_backend).set(1)
         metrics.ready.set(1)
+
+    def _connect_store_gauges(self, archive: SessionArchive) -> None:
+        metrics, at_scrape = self._metrics, self._metrics.read_at_scrape
+        tiers = archive.tiers()
+        self._store_metrics.start_at_zero(tiers)
+        for tier, status in tiers.items():
+            at_scrape(metrics.kv_used_bytes.labels(tier), partial(_used_bytes, archive, tier))
+            at_scrape(self._store_metrics.queued_bytes.labels(tier), partial(_queued_bytes, archive, tier))
+            metrics.kv_capacity_bytes.labels(tier).set(status.budget_bytes or 0)
 
     async def stop(self) -> None:
         """Refuses new work, stops what runs at its next layer, frees everything."""
@@ -319,10 +376,16 @@ class Server:
             self._sweeper.cancel()
         if self._service is not None:
             await asyncio.to_thread(self._service.scheduler.stop)
+            if self._service.loader is not None:
+                await asyncio.to_thread(self._service.loader.close)
         if self._grpc is not None:
             await self._grpc.stop(_GRACE_SECONDS)
+        self._copiers.shutdown()
         if self._service is not None:
+            self._uploads.close()
             self._service.manager.close()
+            if self._service.archive is not None:
+                await asyncio.to_thread(self._service.archive.close, _SAVE_SECONDS)
         if self._http is not None:
             self._http[0].shutdown()
             self._http[0].server_close()
@@ -340,10 +403,11 @@ class Server:
         for name in ("", *(service.full_name for service in SERVICES)):
             await self._health.set(name, status)
 
-    async def _sweep(self, manager: SessionManager) -> None:
+    async def _sweep(self, manager: SessionManager, uploads: Uploads) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             manager.sweep()
+            uploads.sweep()
 
 
 _ADDERS: tuple[Callable[[Any, Any], None], ...] = (
@@ -442,6 +506,14 @@ def _pool(model: LoadedModel, capacity_bytes: int) -> KvPool:
             f"kv_memory: {capacity_bytes} bytes hold no page of {model.kv_shape.page_bytes} bytes, or are more than "
             f"{model.device} can give ({error}); choose another --kv-memory"
         ) from error
+
+
+def _used_bytes(archive: SessionArchive, tier: str) -> int:
+    return archive.tiers()[tier].used_bytes
+
+
+def _queued_bytes(archive: SessionArchive, tier: str) -> int:
+    return archive.tiers()[tier].queued_bytes
 
 
 def _automatic_kv_bytes(model: LoadedModel) -> int:

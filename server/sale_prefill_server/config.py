@@ -62,12 +62,21 @@ class ServerConfig:
         True, "a new session takes KV that its tenant's other sessions hold for the tokens it begins with"
     )
     kv_memory: str = _setting("auto", "bytes for KV, such as 8G; auto takes half of what is free")
+    kv_host_memory: str = _setting("0", "bytes of host memory for KV that leaves the device, such as 8G")
+    kv_disk: str = _setting("", "folder on a local disk for KV; sessions that ask for it survive a restart")
+    kv_disk_memory: str = _setting("32G", "bytes that KV may take in kv_disk")
+    kv_shared: str = _setting("", "store for KV that other servers see too: a folder, or s3://bucket/prefix")
+    durability: str = _setting(
+        "none", "durability of a session that asks for none", choices=("none", "async", "local", "shared")
+    )
+    pin_quota: str = _setting("0", "bytes that one tenant's hard-pinned sessions may take on the device, such as 2G")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
     max_message_bytes: int = _setting(8 * 2**20, "largest gRPC message, either way", minimum=2**16)
     max_queued_requests: int = _setting(256, "requests that may wait or run", minimum=1)
     default_lease_seconds: float = _setting(600.0, "lease of a session that asks for none", minimum=0)
     max_lease_seconds: float = _setting(86400.0, "longest lease that a caller may ask for", minimum=0)
     request_retention_seconds: float = _setting(600.0, "how long a request_id answers with its result", minimum=0)
+    upload_idle_seconds: float = _setting(60.0, "how long a push that broke off keeps what came", minimum=1)
     cache_dir: str = _setting("", "folder of fetched and converted models; empty is the user's cache folder")
     trust_remote_code: bool = _setting(False, "run Python code that a model folder brings")
     log_level: str = _setting("info", "least level logged", choices=("debug", "info", "warning", "error"))
@@ -88,6 +97,12 @@ class ServerConfig:
         if self.profile not in ("auto", "none") and (self.threshold, self.query_stride) != _UNIFORM:
             raise ConfigError(
                 f"profile = {self.profile!r} and a threshold or query_stride: say one; a profile has its own by head"
+            )
+        if self.durability != "none" and not (self.kv_disk or self.kv_shared):
+            raise ConfigError(f"durability = {self.durability!r} needs kv_disk or kv_shared: name a folder")
+        if self.durability == "shared" and not self.kv_shared:
+            raise ConfigError(
+                "durability = 'shared' needs kv_shared: name a folder that other servers see, or s3://..."
             )
         if self.guard_share > 1:
             raise ConfigError(f"guard_share = {self.guard_share}: must be 0 to 1")

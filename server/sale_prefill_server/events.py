@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from sale_prefill_server.store.events import StoreEvent
+
 
 @dataclass(frozen=True)
 class PrefillChunkDone:
@@ -16,11 +18,15 @@ class PrefillChunkDone:
 
 @dataclass(frozen=True)
 class PrefillWork:
-    """What prefilling some tokens took, once finished or stopped. `prefix_tokens` are cached ones of other sessions."""
+    """What prefilling some tokens took, once finished or stopped.
+
+    `prefix_tokens` are cached ones of other sessions, `restored_tokens` cached ones that other tiers held.
+    """
 
     computed_tokens: int
     cached_tokens: int
     prefix_tokens: int
+    restored_tokens: int
     prompt_tokens: int
     queue_seconds: float
     compute_seconds: float
@@ -126,6 +132,7 @@ Event = (
     | KvTransferred
     | RpcStarted
     | RpcHandled
+    | StoreEvent
 )
 EventSink = Callable[[Event], None]
 

@@ -257,11 +257,19 @@ MISTAKES = {
         "exists",
         "new_session_id",
     ),
-    "push": Mistake(
+    "push without a header": Mistake(
         lambda server: server.kv.PushKv(iter([kv.PushKvRequest()])),
-        grpc.StatusCode.UNIMPLEMENTED,
-        "NOT_IMPLEMENTED",
-        "PushKv",
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        "it comes first in the stream",
+        "header",
+    ),
+    "push opened without a request id": Mistake(
+        lambda server: server.kv.OpenPush(kv.OpenPushRequest()),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+        "request_id: is empty",
+        "request_id",
     ),
     "drain": Mistake(
         lambda server: server.info.Drain(server_service_pb2.DrainRequest()),

@@ -193,5 +193,13 @@ class TestCommandLine:
             assert sorted(file.keys()) == ["layers.1.key", "layers.1.value"]
             assert torch.equal(file.get_tensor("layers.1.key"), client.pull_kv(session_id).layer(1)[0])
             assert file.metadata()["token_digest"] == pulled["token_digest"]
+        self.run(capsys, "pull", session_id, "-o", str(tmp_path / "whole.safetensors"), "--stripes", "2")
+        copied = self.run(capsys, "push", str(tmp_path / "whole.safetensors"), "--session", "copy", "--label", "a=b")
+        assert (copied["session"]["session_id"], copied["session"]["labels"]) == ("copy", {"a": "b"})
+        assert copied["session"]["attention"] == self.run(capsys, "sessions", "get", session_id)["attention"]
+        answers = [self.run(capsys, "decode", name, "-n", "8", "--ignore-eos") for name in ("copy", session_id)]
+        assert answers[0]["token_ids"] == answers[1]["token_ids"]
+        assert cli.main(["push", str(tmp_path / "document.txt")]) == 2
+        assert "document.txt is damaged" in capsys.readouterr().err
         assert self.run(capsys, "sessions", "delete", session_id)[0]["freed_bytes"] > 0
         assert cli.main(["sessions", "get", session_id]) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
@@ -29,6 +29,33 @@ def open_channel(
 async def run_blocking(function: Callable[_Params, _Result], *args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
     """Run file work off the event loop."""
     return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def run_together(calls: Sequence[Callable[[], Awaitable[_Result]]], stop: Callable[[], None]) -> list[_Result]:
+    """Run calls side by side; where one fails, `stop` is to end the others, and that error is raised."""
+    tasks = [asyncio.ensure_future(call()) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def begin_upload(method: Any, frames: Any, **options: Any) -> Any:
+    """Start a client stream that sends what `frames` yields."""
+    return method(frames, **options)
+
+
+async def upload_response(call: Any, timeout_seconds: float | None) -> Any:
+    """The response of a client stream.
+
+    Raises:
+        SalePrefillError: the call failed.
+    """
+    try:
+        return await call
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, timeout_seconds) from error
 
 
 class EventReader:
@@ -68,6 +95,10 @@ class EventReader:
                 raise RequestCancelledError("the call was cancelled by its caller") from None
             raise
         return None if event is grpc.aio.EOF else event
+
+    async def initial_metadata(self) -> dict[str, str | bytes]:
+        """What the server sent before the first event; call it after that."""
+        return dict(await self._call.initial_metadata())
 
     def cancel(self) -> None:
         """Stop the call; without effect where it has ended."""

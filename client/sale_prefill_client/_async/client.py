@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .decode import AsyncDecodeCalls
-from .kv import AsyncKvCalls
 from .prefill import AsyncPrefillCalls
-from .sessions import AsyncSessionCalls
+from .pull import AsyncPullCalls
+from .push import AsyncPushCalls
 
 
-class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncSessionCalls, AsyncKvCalls):
+class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncPullCalls, AsyncPushCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

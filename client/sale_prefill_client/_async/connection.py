@@ -49,7 +49,7 @@ class AsyncConnection:
             server_name=None if tls is None else tls.server_name,
         )
         self._opening = threading.Lock()
-        self._channel: Any = None
+        self._channels: dict[int, Any] = {}
         self._closed = False
         if token is not None and tls is None:
             _channel.warn_of_insecure_token(target)
@@ -67,17 +67,19 @@ class AsyncConnection:
     async def close(self) -> None:
         """Close the connection; calls that are still running end as cancelled. Sessions stay on the server."""
         with self._opening:
-            self._closed, channel, self._channel = True, self._channel, None
-        if channel is not None:
+            self._closed, channels, self._channels = True, self._channels, {}
+        for channel in channels.values():
             await channel.close()
 
-    def _open_channel(self) -> Any:
+    def _open_channel(self, number: int = 0) -> Any:
+        """A channel; each number has a TCP connection of its own."""
         with self._opening:
             if self._closed:
                 raise RuntimeError(f"the client of {self.target} is closed; make a new one")
-            if self._channel is None:
-                self._channel = open_channel(self.target, self._credentials, self._options)
-            return self._channel
+            if number not in self._channels:
+                own = [("grpc.use_local_subchannel_pool", 1)] if number else []
+                self._channels[number] = open_channel(self.target, self._credentials, [*self._options, *own])
+            return self._channels[number]
 
     def _metadata(self, session_id: str | None) -> list[tuple[str, str]]:
         """The caller's token, and the session id for load balancers (where a header can hold it: whether it is a valid
@@ -130,6 +132,7 @@ class AsyncConnection:
         next_request: Callable[[], tuple[Message, str | None]],
         *,
         timeout_seconds: float | None,
+        channel_number: int = 0,
     ) -> AsyncEventStream:
         """A server stream that is repeated where the connection breaks.
 
@@ -138,13 +141,14 @@ class AsyncConnection:
             method: its method.
             next_request: for each attempt, the request and the session id as far as it is known.
             timeout_seconds: for all attempts together; None for no limit.
+            channel_number: connection to use.
         """
         deadline = Deadline(timeout_seconds)
 
         def open_reader() -> EventReader:
             request, session_id = next_request()
             self._check_size(request)
-            call = getattr(stub_class(self._open_channel()), method)
+            call = getattr(stub_class(self._open_channel(channel_number)), method)
             return EventReader(
                 call(request, timeout=deadline.remaining_seconds(), metadata=self._metadata(session_id)),
                 timeout_seconds=timeout_seconds,

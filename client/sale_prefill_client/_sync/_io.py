@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
@@ -30,6 +31,37 @@ def open_channel(
 def run_blocking(function: Callable[_Params, _Result], *args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
     """Run file work where the caller is."""
     return function(*args, **kwargs)
+
+
+def run_together(calls: Sequence[Callable[[], _Result]], stop: Callable[[], None]) -> list[_Result]:
+    """Run calls side by side; where one fails, `stop` is to end the others, and that error is raised."""
+    with ThreadPoolExecutor(len(calls), "sale-prefill-stripe") as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            stop()
+    return [future.result() for future in futures]
+
+
+def begin_upload(method: Any, frames: Any, **options: Any) -> Any:
+    """Start a client stream that sends what `frames` yields."""
+    return method.future(frames, **options)
+
+
+def upload_response(call: Any, timeout_seconds: float | None) -> Any:
+    """The response of a client stream.
+
+    Raises:
+        SalePrefillError: the call failed.
+    """
+    try:
+        return call.result()
+    except grpc.FutureCancelledError as error:
+        raise RequestCancelledError("the call was cancelled by its caller") from error
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, timeout_seconds) from error
 
 
 class _Watchdog:
@@ -137,6 +169,10 @@ class EventReader:
         if self._watchdog is not None:
             self._watchdog.disarm()
         return event
+
+    def initial_metadata(self) -> dict[str, str | bytes]:
+        """What the server sent before the first event; call it after that."""
+        return dict(self._call.initial_metadata())
 
     def _close_watchdog(self) -> None:
         if self._watchdog is not None:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from .decode import DecodeCalls
-from .kv import KvCalls
 from .prefill import PrefillCalls
-from .sessions import SessionCalls
+from .pull import PullCalls
+from .push import PushCalls
 
 
-class Client(PrefillCalls, DecodeCalls, SessionCalls, KvCalls):
+class Client(PrefillCalls, DecodeCalls, PullCalls, PushCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

@@ -45,6 +45,10 @@ class EventStream:
             sleep(wait_seconds)
         raise RequestCancelledError("the call was cancelled by its caller")
 
+    def initial_metadata(self) -> dict[str, str | bytes]:
+        """Metadata of the running attempt, after its first event."""
+        return {} if self._reader is None else self._reader.initial_metadata()
+
     def finish(self) -> None:
         """Take the status that follows the last event, so that the server sees a call that ended and no cancelled one.
 

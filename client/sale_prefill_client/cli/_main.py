@@ -11,7 +11,7 @@ from .._version import __version__
 from ..chat_template import ChatTemplateError
 from ..errors import SalePrefillError
 from ..extras import MissingExtraError
-from . import _decode, _exit, _info, _prefill, _pull, _server_commands, _sessions
+from . import _decode, _exit, _info, _prefill, _pull, _push, _server_commands, _sessions
 from ._arguments import TARGET_VARIABLE, TOKEN_VARIABLE
 from ._output import note
 
@@ -43,7 +43,7 @@ def build_parser(asked_for: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (_prefill, _decode, _sessions, _pull, _info):
+    for command in (_prefill, _decode, _sessions, _pull, _push, _info):
         command.add(commands)
     _server_commands.add(commands, asked_for)
     return parser

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from ..extras import require
-from ..kv import KvCache
 from . import _exit
 from ._arguments import (
     Command,
@@ -40,13 +37,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--layout", choices=("THD", "HTD"), default="THD", help="axis order: tokens or heads first")
     parser.add_argument("--chunk-bytes", metavar="N", type=int, default=1 << 20, help="bytes of a message, about")
     parser.add_argument("--checksum", choices=("crc32c", "xxh3_64", "none"), default="crc32c", help="of each chunk")
+    parser.add_argument("--stripes", metavar="N", type=int, default=1, help="connections to read over")
     add_progress_argument(parser)
     add_connection_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    require("safetensors.torch", extra="torch", purpose="writing a safetensors file")
     started = time.monotonic()
     with connect(arguments) as client:
         cache = client.pull_kv(
@@ -56,11 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
             layout=arguments.layout,
             chunk_bytes=arguments.chunk_bytes,
             checksum=arguments.checksum,
+            stripes=arguments.stripes,
             progress=wants_progress(arguments),
             timeout_seconds=arguments.timeout,
         )
+        cache = replace(cache, attention=client.get_session(arguments.session).attention)
     elapsed_seconds = time.monotonic() - started
-    save(cache, arguments.output)
+    cache.save(arguments.output)
     facts = {
         "session_id": cache.session_id,
         "output": str(arguments.output),
@@ -80,28 +79,3 @@ def run(arguments: argparse.Namespace) -> int:
         shape = f"{cache.num_tokens} tokens, {cache.layer_end - cache.layer_start} layers, {cache.spec.element_type}"
         write_facts([("file", str(arguments.output)), ("KV", f"{shape}, {cache.spec.layout}"), ("pulled", rate)])
     return _exit.OK
-
-
-def save(cache: KvCache, path: Path) -> None:
-    """Write the cache as `layers.<n>.key` and `layers.<n>.value`, with where it is from in the file's metadata. The
-    file appears whole or not at all."""
-    safetensors = require("safetensors.torch", extra="torch", purpose="writing a safetensors file")
-    tensors = {}
-    for layer in range(cache.layer_start, cache.layer_end):
-        tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = cache.layer(layer)
-    metadata = {
-        "session_id": cache.session_id,
-        "model_fingerprint": cache.spec.model_fingerprint,
-        "layout": cache.spec.layout or "",
-        "token_start": str(cache.token_start),
-        "token_end": str(cache.token_end),
-        "generation": str(cache.generation),
-        "token_digest": cache.token_digest.hex(),
-    }
-    handle, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        safetensors.save_file(tensors, partial, metadata=metadata)
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)

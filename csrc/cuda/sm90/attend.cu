@@ -72,6 +72,7 @@ struct Producer {
   int stage = 0;
   uint32_t phase = 0;
   int waiting = 0;  // blocks of the next stage so far
+  Place next{-1, 0};  // of the block that is put next: its page was looked up while others were on their way
   int edge_slot = kAbsent;  // of the item, slot `lane` of the edge tiles
 
   __device__ __forceinline__ Producer(const Launch& l, SharedMemory& s) : launch(l), shared(s) {}
@@ -194,6 +195,8 @@ struct Producer {
       if (passed++ >= extra && lane == 0) put(item, block);
       return true;
     });
+    if (lane == 0) fetch(item);
+    next.unit = -1;
   }
 
   __device__ __forceinline__ void load_query(const Blocks& blocks, const Item& item, uint32_t turn) {
@@ -205,9 +208,16 @@ struct Producer {
       tensor_load(shared.query[half], &launch.query, &shared.query_full, half * 64, row, item.head, item.batch);
   }
 
-  // One more block for the stage being gathered: the first waits for the stage, the fourth fills it up.
+  // One more block, fetched when the next one is put: by then its page is known.
   __device__ __forceinline__ void put(const Item& item, int block) {
     const SaleCudaTokens& tokens = kOfKeys ? launch.call.keys : launch.call.values;
+    const BlockPlace place = place_of_block(tokens, item.batch, block);
+    if (next.unit >= 0) fetch(item);
+    next = {place.unit, place.token};
+  }
+
+  // Into the stage being gathered: the first block waits for the stage, the fourth fills it up.
+  __device__ __forceinline__ void fetch(const Item& item) {
     const CUtensorMap& map = kOfKeys ? launch.keys : launch.values;
     uint64_t* full = kOfKeys ? &shared.key_full[stage] : &shared.value_full[stage];
     auto& target = kOfKeys ? shared.keys[stage] : shared.values[stage];
@@ -215,11 +225,10 @@ struct Producer {
       barrier_wait(kOfKeys ? &shared.key_free[stage] : &shared.value_free[stage], phase ^ 1);
       barrier_expect(full, kStageBytes);
     }
-    const Place place = place_of(tokens, item.batch, static_cast<int64_t>(block) * kKeyBlock);
 #pragma unroll
     for (int half = 0; half < SharedMemory::kHalves; ++half)
-      tensor_load(target[half][waiting * kKeyBlock], &map, full, half * 64, static_cast<int>(place.token), item.kv_head,
-                  static_cast<int>(place.unit));
+      tensor_load(target[half][waiting * kKeyBlock], &map, full, half * 64, static_cast<int>(next.token), item.kv_head,
+                  static_cast<int>(next.unit));
     if (++waiting < kTileBlocks) return;
     waiting = 0;
     if (++stage == kStages) {

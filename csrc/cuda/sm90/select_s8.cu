@@ -40,31 +40,32 @@ struct Shared {
   int first_tile, end_tile;  // of keys; here rather than in registers, which the setting-up of a role needs
 };
 
+// Where a box of keys lies. Blocks past the last one: nobody looks at them; their page exists.
+__device__ __forceinline__ Place place_in(const Launch& launch, const Work& work, int token, int last) {
+  const SaleCudaTokens& codes = launch.call.key_codes;
+  if (codes.page_table == nullptr) return {work.batch, token};
+  return place_of(codes, work.batch, min(token, last * kKeyBlock / launch.box_tokens * launch.box_tokens));
+}
+
 // One warp, of which a lane moves keys; the others stay with it, for a warp in two places runs slowly in both.
 template <int kDim>
 __device__ __forceinline__ void produce(const Launch& launch, const Work& work, Shared<kDim>& shared) {
-  const SaleCudaTokens& codes = launch.call.key_codes;
   const int first_tile = shared.first_tile, end_tile = shared.end_tile;
   const int last = static_cast<int>((launch.call.grid.offset + launch.call.grid.rows - 1) / kKeyBlock);
   constexpr int kShare = kTileKeys / kCluster;
   const int first_key = static_cast<int>(blockIdx.x) % kCluster * kShare;
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int turn = tile - first_tile, stage = turn % kStages;
+    Place place = place_in(launch, work, tile * kTileKeys + first_key, last);  // while the stage is still in use
     barrier_wait(&shared.empty[stage], (turn / kStages & 1) ^ 1);
     if (threadIdx.x % 32 != 0) continue;
     barrier_expect(&shared.full[stage], kTileKeys * kDim);
 #pragma unroll 1
     for (int key = first_key; key < first_key + kShare; key += launch.box_tokens) {
-      int unit = work.batch, token = tile * kTileKeys + key;
-      if (codes.page_table != nullptr) {
-        // Blocks past the last one: nobody looks at them; their page exists.
-        const int last_box = last * kKeyBlock / launch.box_tokens * launch.box_tokens;
-        const Place place = place_of(codes, work.batch, min(token, last_box));
-        unit = static_cast<int>(place.unit);
-        token = static_cast<int>(place.token);
-      }
-      tensor_load_multicast(shared.keys[stage] + key * kDim, &launch.codes, &shared.full[stage], 0, token, work.kv_head,
-                            unit, (1 << kCluster) - 1);
+      if (key != first_key) place = place_in(launch, work, tile * kTileKeys + key, last);
+      tensor_load_multicast(shared.keys[stage] + key * kDim, &launch.codes, &shared.full[stage], 0,
+                            static_cast<int>(place.token), work.kv_head, static_cast<int>(place.unit),
+                            (1 << kCluster) - 1);
     }
   }
   __syncwarp();

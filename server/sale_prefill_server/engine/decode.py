@@ -114,6 +114,7 @@ class GraphDecoder:
         if not self.enabled:
             return None
         sequence.kv.require_room(1)
+        sequence.kv.require_loaded()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         try:
             with torch.cuda.stream(self._stream):

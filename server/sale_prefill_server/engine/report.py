@@ -40,7 +40,8 @@ class PrefillReport:
     `compute_seconds` is the request's own engine time; estimation, attention and other add up to it. A block is a query
     block x key block of one head in one layer; `dense_rows` counts query token x head x layer by reason. `backend` is
     the attention backend of the rows that were not dense. `profile` is there where heads did what a profile says,
-    `guard` where the guard looked. `prefix_tokens`, of the cached ones, came from other sessions.
+    `guard` where the guard looked. `prefix_tokens`, of the cached ones, came from other sessions,
+    `restored_tokens` from other tiers.
     """
 
     queue_seconds: float
@@ -55,6 +56,7 @@ class PrefillReport:
     profile: ProfileReport | None = None
     guard: GuardReport | None = None
     prefix_tokens: int = 0
+    restored_tokens: int = 0
 
     @property
     def other_seconds(self) -> float:
@@ -88,6 +90,7 @@ def make_report(
     profile: ProfileReport | None = None,
     guard: GuardReport | None = None,
     prefix_tokens: int = 0,
+    restored_tokens: int = 0,
 ) -> PrefillReport:
     """The report of a finished or stopped prefill; waits for GPU timers where there are any."""
     layers = tuple(
@@ -113,4 +116,5 @@ def make_report(
         profile=profile,
         guard=guard,
         prefix_tokens=prefix_tokens,
+        restored_tokens=restored_tokens,
     )

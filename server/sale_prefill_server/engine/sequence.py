@@ -104,24 +104,33 @@ class Sequence:
             state.truncate(num_tokens)
 
     def offer(self, token_ids: TokenIds[int]) -> None:
-        """Lets other sequences find the whole pages of this one, which holds `token_ids` now."""
+        """Lets other sequences find the whole pages of this one, which holds `token_ids` now.
+
+        Not while KV is being brought back: the next offer will.
+        """
         first = len(self.chain.keys)
-        if len(token_ids) // PAGE_TOKENS == first:
+        if len(token_ids) // PAGE_TOKENS == first or self.kv.is_loading:
             return
         self.chain.extend(token_ids)
         self.kv.name_pages(self.chain.keys[first:], first)
         self.kv.mark_coded(min(state.tokens for state in self.states))
 
-    def adopt(self, token_ids: TokenIds[int], *, copies: bool) -> int:
-        """Takes KV from other sequences for the beginning of `token_ids`, all its tokens; for the last one never.
+    def adopt(self, token_ids: TokenIds[int], *, copies: bool, whole: bool = False) -> int:
+        """Takes KV from other sequences for the beginning of `token_ids`, all that this one is to hold.
 
-        Returns the number of tokens gained. Without `copies` only pages that can be shared are taken, which is quick.
+        Args:
+            token_ids: from its first token on.
+            copies: also where pages cannot be shared; without it this is quick.
+            whole: for the last token, too, whose logits are known.
+
+        Returns:
+            Tokens gained.
 
         Raises:
             KvCapacityError: what is found must be copied, and there is no room.
         """
         before = self.num_tokens
-        keys = list(page_keys(self.chain.root, token_ids[: len(token_ids) - 1], PAGE_TOKENS))
+        keys = list(page_keys(self.chain.root, token_ids if whole else token_ids[: len(token_ids) - 1], PAGE_TOKENS))
         tokens = self.kv.adopt(keys, least_shared_tokens=self._least_shared_tokens, copies=copies)
         if not tokens:
             return 0
@@ -130,6 +139,10 @@ class Sequence:
             state.clear()
             state.adopt(self.kv.coded_tokens, self.config)
         return tokens - before
+
+    def emptied(self) -> Sequence:
+        """A sequence of the same kind that holds nothing."""
+        return Sequence(self.kv.pool.create(), self.settings, self.config, self.policies, self.level, self.chain.root)
 
     def fork(self, num_tokens: int) -> Sequence:
         """A sequence of its first `num_tokens` tokens, 1 or more, which shares their pages.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sale_prefill_server.kv.gate import LayerGate
 from sale_prefill_server.kv.pages import PageAllocator, PagesExhaustedError
 
 #: A whole number of SALE key blocks (32) and query blocks (64, 128). Larger pages share less and copy more at a fork;
@@ -169,6 +170,7 @@ class SessionKv:
         self._runs: tuple[int, int, list[_Run]] = _NO_RUNS
         self._left: list[int] = []  # pages that are no longer ours but that a reader may be at
         self._copies_from: int | None = None
+        self._gate: LayerGate | None = None
         self._keep = False
 
     @property
@@ -280,7 +282,10 @@ class SessionKv:
 
         Raises:
             ValueError: past what was reserved.
+            LoadFailedError: see `load`.
         """
+        if self._gate is not None:
+            self._gate.wait(layer)
         start = self._lengths[layer]
         end = start + keys.shape[2]
         for run in self._writable_runs(layer, start, end):
@@ -306,6 +311,24 @@ class SessionKv:
         for run in self._writable_runs(layer, start, start + values.shape[0]):
             rows = values[run.token - start : run.token - start + run.count]
             _slots(tensor)[run.slot : run.slot + run.count].copy_(rows)
+
+    def load(self, gate: LayerGate | None) -> None:
+        """Tokens that are counted already are being written: `append` waits at the gate. None: all are there."""
+        self._gate = gate
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether some of what is counted may still be on its way."""
+        return self._gate is not None
+
+    def require_loaded(self) -> None:
+        """Waits until everything that is counted is there.
+
+        Raises:
+            LoadFailedError: it will not come.
+        """
+        if (gate := self._gate) is not None:
+            gate.wait(self.shape.num_layers - 1)
 
     def extend_to(self, num_tokens: int) -> None:
         """Counts tokens that were written to all layers."""

@@ -175,13 +175,13 @@ class Metrics:
             histogram.labels(name)
         label_values: list[tuple[Counter | Gauge, Iterable[str]]] = [
             (self.rejections, [reason.value for reason in Reason]),
-            (self.tokens, ("computed", "session", "prefix")),
+            (self.tokens, ("computed", "session", "prefix", "store")),
             (self.wasted_tokens, ("cancelled", "error")),
             (self.phase_seconds, PHASES),
             (self.blocks, ("computed", "skipped")),
             (self.dense_rows, DENSE_REASONS),
             (self.kernel_fallbacks, ("build", "shape")),
-            (self.sessions, ("busy", "partial", "ready")),
+            (self.sessions, ("busy", "partial", "ready", "offloaded")),
             (self.session_ends, SESSION_ENDS),
             (self.lease_renewals, ("renewed", "missing")),
             (self.kv_used_bytes, ("device",)),
@@ -266,7 +266,8 @@ class Metrics:
         self.prefill_seconds.labels(name).observe(work.compute_seconds)
         self.prompt_tokens.labels(name).observe(work.prompt_tokens)
         self.tokens.labels("computed").inc(work.computed_tokens)
-        self.tokens.labels("session").inc(work.cached_tokens - work.prefix_tokens)
+        self.tokens.labels("session").inc(work.cached_tokens - work.prefix_tokens - work.restored_tokens)
+        self.tokens.labels("store").inc(work.restored_tokens)
         self.tokens.labels("prefix").inc(work.prefix_tokens)
         for phase, seconds in work.phase_seconds.items():
             self.phase_seconds.labels(phase).inc(seconds)

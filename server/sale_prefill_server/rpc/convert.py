@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
+from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -25,7 +26,7 @@ from sale_prefill_server.scheduler.messages import (
     PrefillDone,
     Progress,
 )
-from sale_prefill_server.sessions.session import Retention, SessionInfo, SessionState
+from sale_prefill_server.sessions.session import Durability, KvTier, Retention, SessionInfo, SessionPin, SessionState
 
 MAX_TOP_LOGITS = 1000
 DEFAULT_TOP_LOGITS = 20
@@ -39,6 +40,33 @@ _STATES = {
     SessionState.BUSY: session_service_pb2.SESSION_STATE_BUSY,
     SessionState.PARTIAL: session_service_pb2.SESSION_STATE_PARTIAL,
     SessionState.READY: session_service_pb2.SESSION_STATE_READY,
+    SessionState.OFFLOADED: session_service_pb2.SESSION_STATE_OFFLOADED,
+}
+_DURABILITY_VALUES = {
+    Durability.NONE: session_service_pb2.DURABILITY_NONE,
+    Durability.ASYNC: session_service_pb2.DURABILITY_ASYNC,
+    Durability.LOCAL: session_service_pb2.DURABILITY_LOCAL,
+    Durability.SHARED: session_service_pb2.DURABILITY_SHARED,
+}
+#: None: the server's default.
+_DURABILITIES: dict[int, Durability | None] = {
+    session_service_pb2.DURABILITY_UNSPECIFIED: None,
+    **{value: durability for durability, value in _DURABILITY_VALUES.items()},
+}
+_PIN_VALUES = {
+    SessionPin.NONE: session_service_pb2.PIN_NONE,
+    SessionPin.SOFT: session_service_pb2.PIN_SOFT,
+    SessionPin.HARD: session_service_pb2.PIN_HARD,
+}
+_PINS = {
+    session_service_pb2.PIN_UNSPECIFIED: SessionPin.NONE,
+    **{value: pin for pin, value in _PIN_VALUES.items()},
+}
+_TIERS = {
+    KvTier.DEVICE: session_service_pb2.KV_TIER_DEVICE,
+    KvTier.HOST: session_service_pb2.KV_TIER_HOST,
+    KvTier.DISK: session_service_pb2.KV_TIER_DISK,
+    KvTier.SHARED: session_service_pb2.KV_TIER_SHARED,
 }
 _FINISH_REASONS = {
     FinishReason.STOP: prefill_service_pb2.FINISH_REASON_STOP,
@@ -118,7 +146,9 @@ class Converter:
         default_retention: Retention,
         max_lease_seconds: float,
         has_profile: bool = False,
+        durabilities: Sequence[Durability] = (Durability.NONE,),
     ) -> None:
+        self._durabilities = tuple(durabilities)
         self._has_profile = has_profile
         self._model = model
         self._server_id = server_id
@@ -230,7 +260,17 @@ class Converter:
         lease_seconds = self._default_retention.lease_seconds
         if message.HasField("lease_duration"):
             lease_seconds = seconds_of("retention.lease_duration", message.lease_duration, self._max_lease_seconds)
-        return Retention(lease_seconds, message.sliding)
+        if message.durability not in _DURABILITIES:
+            raise invalid_field("retention.durability", f"{message.durability} is no Durability")
+        if message.pin not in _PINS:
+            raise invalid_field("retention.pin", f"{message.pin} is no Pin")
+        durability = _DURABILITIES[message.durability] or self._default_retention.durability
+        if durability not in self._durabilities:
+            raise invalid_field(
+                "retention.durability",
+                f"{durability} cannot be promised by this server: it has {', '.join(self._durabilities)}",
+            )
+        return Retention(lease_seconds, message.sliding, durability, _PINS[message.pin])
 
     def kv_spec(self, layout: kv_pb2.KvLayout = kv_pb2.KV_LAYOUT_HTD) -> kv_pb2.KvSpec:
         """The model's KV format."""
@@ -260,6 +300,8 @@ class Converter:
             retention=retention_message(info.retention),
             attention=attention_message(info.settings),
             labels=info.labels,
+            tier=_TIERS[info.tier],
+            durability=_DURABILITY_VALUES[info.durability],
         )
         message.create_time.FromNanoseconds(int(info.created_unix_seconds * 1e9))
         if info.remaining_lease_seconds is not None and info.expire_unix_seconds is not None:
@@ -305,6 +347,7 @@ class Converter:
             profile=None if report.profile is None else _profile_stats(report.profile),
             guard=None if report.guard is None else _guard_stats(report.guard),
             prefix_tokens=report.prefix_tokens,
+            restored_tokens=report.restored_tokens,
         )
 
     def decode_result(self, done: DecodeDone) -> prefill_service_pb2.DecodeResult:
@@ -388,7 +431,10 @@ def token_message(token: SampledToken) -> prefill_service_pb2.DecodedToken:
 def retention_message(retention: Retention) -> session_service_pb2.RetentionPolicy:
     """A retention policy."""
     return session_service_pb2.RetentionPolicy(
-        lease_duration=duration(retention.lease_seconds), sliding=retention.sliding
+        lease_duration=duration(retention.lease_seconds),
+        sliding=retention.sliding,
+        durability=_DURABILITY_VALUES[retention.durability],
+        pin=_PIN_VALUES[retention.pin],
     )
 
 

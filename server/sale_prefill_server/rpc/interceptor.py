@@ -19,6 +19,8 @@ from sale_prefill_server.rpc.errors import CODES, trailing_metadata
 logger = logging.getLogger(__name__)
 
 _caller: ContextVar[Caller] = ContextVar("caller")
+#: Methods whose servicers read requests themselves, from their bytes.
+_BYTES_IN = ("/sale_prefill.v1.KvTransferService/PushKv",)
 _OPEN_SERVICES = ("grpc.health.", "grpc.reflection.")
 
 
@@ -53,7 +55,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler is None or details.method.lstrip("/").startswith(_OPEN_SERVICES):
             return handler
         call = _Call(self, details)
-        arguments = (handler.request_deserializer, handler.response_serializer)
+        reads_bytes = details.method in _BYTES_IN
+        arguments = (
+            None if reads_bytes else handler.request_deserializer,
+            _ready_or(handler.response_serializer),
+        )
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(call.unary(handler.stream_unary, "client_stream"), *arguments)
         if handler.response_streaming:
@@ -75,6 +81,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def emit(self, event: RpcStarted | RpcHandled) -> None:
         """Passes an event on."""
         self._events.emit(event)
+
+
+def _ready_or(serializer: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Messages that a servicer has written out itself, as it does with KV, go as they are."""
+    return lambda response: response if isinstance(response, bytes) else serializer(response)
 
 
 class _Call:

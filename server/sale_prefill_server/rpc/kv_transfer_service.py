@@ -1,91 +1,109 @@
-"""KvTransferService: PullKv; the rest of the contract is not in this release."""
+"""KvTransferService: KV bytes out of sessions and into new ones."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from contextlib import ExitStack, aclosing
 
 import grpc
 
+from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, message_digest
 from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.events import EventBus, KvTransferred
 from sale_prefill_server.rpc.convert import Converter, required_identifier
 from sale_prefill_server.rpc.interceptor import current_caller
-from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Session, SessionState, token_digest
-from sale_prefill_server.transfer.kv_stream import (
-    DEFAULT_CHUNK_BYTES,
-    MINIMUM_CHUNK_BYTES,
-    Checksum,
-    KvRange,
-    KvStream,
-    Layout,
-    resolve_range,
+from sale_prefill_server.rpc.kv_messages import (
+    checksum_of,
+    chunk_bytes_of,
+    import_command,
+    layout_of,
+    layout_value,
+    manifest_message,
+    range_of,
+    require_spec,
 )
-
-_LAYOUTS = {
-    kv_pb2.KV_LAYOUT_UNSPECIFIED: Layout.THD,
-    kv_pb2.KV_LAYOUT_THD: Layout.THD,
-    kv_pb2.KV_LAYOUT_HTD: Layout.HTD,
-}
-_LAYOUT_VALUES = {Layout.THD: kv_pb2.KV_LAYOUT_THD, Layout.HTD: kv_pb2.KV_LAYOUT_HTD}
-_CHECKSUMS = {
-    kv_pb2.CHECKSUM_ALGORITHM_UNSPECIFIED: Checksum.CRC32C,
-    kv_pb2.CHECKSUM_ALGORITHM_CRC32C: Checksum.CRC32C,
-    kv_pb2.CHECKSUM_ALGORITHM_XXH3_64: Checksum.XXH3_64,
-    kv_pb2.CHECKSUM_ALGORITHM_NONE: Checksum.NONE,
-}
-_CHECKSUM_VALUES = {
-    Checksum.NONE: kv_pb2.CHECKSUM_ALGORITHM_NONE,
-    Checksum.CRC32C: kv_pb2.CHECKSUM_ALGORITHM_CRC32C,
-    Checksum.XXH3_64: kv_pb2.CHECKSUM_ALGORITHM_XXH3_64,
-}
-_KINDS = (kv_pb2.KV_KIND_KEY, kv_pb2.KV_KIND_VALUE)
+from sale_prefill_server.rpc.push import PushStream, read_header
+from sale_prefill_server.rpc.residency import brought_back
+from sale_prefill_server.scheduler.admission import Admission
+from sale_prefill_server.sessions.manager import SessionManager
+from sale_prefill_server.sessions.session import Session, SessionState
+from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
+from sale_prefill_server.transfer.kv_reader import KvReader
+from sale_prefill_server.transfer.placement import Segment, Segments, SegmentView
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
+from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
 class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
-    """Serves KV bytes in gRPC messages."""
+    """Serves KV bytes in gRPC messages.
 
-    def __init__(self, manager: SessionManager, converter: Converter, events: EventBus, max_message_bytes: int) -> None:
+    Args:
+        manager: sessions.
+        admission: brings KV back that is not on the device.
+        converter: messages.
+        events: told of each stream.
+        executor: threads that copy and digest chunks.
+        segments: memory beside gRPC.
+        uploads: pushes under way.
+        max_message_bytes: the server's limit; a chunk may have half of it.
+    """
+
+    def __init__(
+        self,
+        manager: SessionManager,
+        admission: Admission,
+        converter: Converter,
+        events: EventBus,
+        executor: Executor,
+        segments: Segments,
+        uploads: Uploads,
+        max_message_bytes: int,
+    ) -> None:
         self._manager = manager
+        self._admission = admission
         self._converter = converter
         self._events = events
+        self._executor = executor
+        self._segments = segments
+        self._uploads = uploads
         self._max_chunk_bytes = max_message_bytes // 2
 
     async def PullKv(  # noqa: N802
         self, request: pb.PullKvRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.PullKvResponse]:
+    ) -> AsyncIterator[bytes]:
         """Manifest, then chunks. The stream reads one generation; later appends do not disturb it."""
         session = self._readable_session(request)
+        await brought_back(self._admission, session)
         kv = session.sequence.kv.acquire()
-        started, sent_bytes, failure = time.perf_counter(), 0, "cancelled"
+        started, sent_bytes, failure, transport = time.perf_counter(), 0, "cancelled", "grpc"
         try:
-            manifest, stream = self._open(request, session)
-            yield pb.PullKvResponse(manifest=manifest)
-            for index in range(request.resume_from_chunk, stream.total_chunks):
-                planned = stream.plan(index)
-                data, checksum = await asyncio.to_thread(stream.read, planned)
-                chunk = kv_pb2.KvChunk(
-                    index=index,
-                    layer=planned.layer,
-                    kind=_KINDS[planned.kind],
-                    token_start=planned.token_start,
-                    num_tokens=planned.num_tokens,
-                    checksum=checksum,
-                    data=data,
-                )
-                yield pb.PullKvResponse(chunk=chunk)
-                sent_bytes += len(data)
+            with ExitStack() as stack:
+                segment = None
+                if request.transfer_id:
+                    segment = stack.enter_context(self._segments.borrow(session.tenant, request.transfer_id))
+                    transport = segment.transport
+                reader, manifest = self._open(request, session, segment)
+                first = pb.PullKvResponse(manifest=manifest).SerializeToString()
+                await context.send_initial_metadata(((MANIFEST_DIGEST_KEY, message_digest(first)),))
+                yield first
+                bounds = (request.resume_from_chunk, manifest.total_chunks)
+                batch = max(1, BATCH_BYTES // reader.plan.chunk_bytes)
+                frames = read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch)
+                async with aclosing(frames):
+                    async for frame in frames:
+                        yield frame
+                        sent_bytes += len(frame)
             failure = ""
         except PrefillError as error:
             failure = str(error.reason).lower()
             raise
         finally:
             kv.release()
-            self._events.emit(KvTransferred("pull", "grpc", sent_bytes, time.perf_counter() - started, failure))
+            self._events.emit(KvTransferred("pull", transport, sent_bytes, time.perf_counter() - started, failure))
 
     def _readable_session(self, request: pb.PullKvRequest) -> Session:
         session = self._manager.get(current_caller().tenant, required_identifier("session_id", request.session_id))
@@ -105,50 +123,84 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
             )
         return session
 
-    def _open(self, request: pb.PullKvRequest, session: Session) -> tuple[kv_pb2.KvManifest, KvStream]:
-        spec = self._converter.kv_spec()
+    def _open(
+        self, request: pb.PullKvRequest, session: Session, segment: Segment | None
+    ) -> tuple[KvReader, kv_pb2.KvManifest]:
+        layout, checksum = layout_of(request.layout), checksum_of(request.checksum_algorithm)
+        spec = self._converter.kv_spec(layout_value(layout))
         if request.element_type not in (kv_pb2.ELEMENT_TYPE_UNSPECIFIED, spec.element_type):
             native = kv_pb2.ElementType.Name(spec.element_type)
             raise invalid_field("element_type", f"{request.element_type}: this server sends {native} only")
-        if request.layout not in _LAYOUTS:
-            raise invalid_field("layout", f"{request.layout} is no KvLayout; ask for THD or HTD")
-        if request.checksum_algorithm not in _CHECKSUMS:
-            raise invalid_field("checksum_algorithm", f"{request.checksum_algorithm} is none that this server knows")
-        chunk_bytes = request.chunk_bytes or min(DEFAULT_CHUNK_BYTES, self._max_chunk_bytes)
-        if not MINIMUM_CHUNK_BYTES <= chunk_bytes <= self._max_chunk_bytes:
+        require_spec(spec, request.expected_spec, "expected_spec")
+        kv = session.sequence.kv
+        range_ = resolve_range(range_of(request.range), kv.shape, session.num_tokens)
+        plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(request.chunk_bytes, self._max_chunk_bytes))
+        if request.resume_from_chunk > plan.total_chunks:
             raise invalid_field(
-                "chunk_bytes", f"{chunk_bytes}: must be {MINIMUM_CHUNK_BYTES} to {self._max_chunk_bytes}"
+                "resume_from_chunk", f"{request.resume_from_chunk}: the stream has {plan.total_chunks} chunks"
             )
-        asked = request.range
-        wanted = KvRange(asked.token_start, asked.token_end, asked.layer_start, asked.layer_end)
-        range_ = resolve_range(wanted, session.sequence.kv.shape, session.num_tokens)
-        layout, checksum = _LAYOUTS[request.layout], _CHECKSUMS[request.checksum_algorithm]
-        stream = KvStream(session.sequence.kv, range_, layout, checksum, chunk_bytes)
-        if request.resume_from_chunk > stream.total_chunks:
-            raise invalid_field(
-                "resume_from_chunk", f"{request.resume_from_chunk}: the stream has {stream.total_chunks} chunks"
-            )
-        manifest = kv_pb2.KvManifest(
-            spec=self._converter.kv_spec(_LAYOUT_VALUES[layout]),
-            range=kv_pb2.KvRange(
-                token_start=range_.token_start,
-                token_end=range_.token_end,
-                layer_start=range_.layer_start,
-                layer_end=range_.layer_end,
-            ),
-            total_bytes=stream.total_bytes,
-            total_chunks=stream.total_chunks,
-            checksum_algorithm=_CHECKSUM_VALUES[checksum],
-            generation=session.generation,
-            token_digest=token_digest(session.tokens[: range_.token_end]),
+        place = None if segment is None else SegmentView(segment, range_, kv.shape, layout)
+        token_ids = session.tokens[: range_.token_end] if request.include_token_ids else ()
+        manifest = manifest_message(session, spec, plan, checksum, token_ids=token_ids)
+        return KvReader(kv, plan, layout, checksum, PULL_FRAMES, place), manifest
+
+    async def OpenPush(  # noqa: N802
+        self, request: pb.OpenPushRequest, context: grpc.aio.ServicerContext
+    ) -> pb.OpenPushResponse:
+        """Checks the contract and makes room; finds an upload again by its request_id."""
+        request_id = required_identifier("request_id", request.request_id)
+        command = import_command(request.header, self._converter, current_caller().tenant, request_id, field="header")
+        upload = self._uploads.open(command)
+        done = self._uploads.settle(upload)
+        return pb.OpenPushResponse(
+            upload_id=upload.upload_id,
+            missing_chunks=[pb.ChunkRun(start=start, end=end) for start, end in upload.writer.missing()],
+            session=None if done is None else self._converter.session(done),
         )
-        return manifest, stream
 
     async def PushKv(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.PushKvRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext
     ) -> pb.PushKvResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "PushKv is not in this release: prefill the tokens here")
+        """Header, then chunks, of a new upload or of one that OpenPush opened."""
+        header = await read_header(request_iterator, dict(context.invocation_metadata()))
+        upload = self._upload_of(header)
+        started, failure, transport, stream = time.perf_counter(), "cancelled", "grpc", None
+        try:
+            with ExitStack() as stack:
+                place = None
+                if header.transfer_id:
+                    tenant = current_caller().tenant
+                    segment = stack.enter_context(self._segments.borrow(tenant, header.transfer_id))
+                    transport = segment.transport
+                    place = upload.writer.placed_in(segment)
+                stream = PushStream(self._uploads, upload, place, self._executor)
+                await stream.take(request_iterator)
+            done = self._uploads.settle(upload)
+            if done is None and not upload.command.request_id:
+                raise invalid_field(
+                    "header.manifest.total_chunks",
+                    f"the stream ended after {stream.num_chunks} of {upload.command.total_chunks} chunks",
+                )
+            failure = ""
+        except PrefillError as error:
+            failure = str(error.reason).lower()
+            raise
+        finally:
+            if not upload.command.request_id:
+                self._uploads.drop(upload)
+            sent_bytes = 0 if stream is None else stream.num_bytes
+            self._events.emit(KvTransferred("push", transport, sent_bytes, time.perf_counter() - started, failure))
+        return pb.PushKvResponse(
+            session=None if done is None else self._converter.session(done), accepted_chunks=stream.num_chunks
+        )
+
+    def _upload_of(self, header: pb.PushKvHeader) -> Upload:
+        tenant = current_caller().tenant
+        if not header.upload_id:
+            return self._uploads.open(import_command(header, self._converter, tenant, "", field="header"))
+        if header.HasField("manifest") or header.token_ids or header.session_id:
+            raise invalid_field("header.upload_id", "names an upload that has its header: leave the other fields out")
+        return self._uploads.get(tenant, header.upload_id)
 
     async def OpenTransfer(  # noqa: N802
         self, request: pb.OpenTransferRequest, context: grpc.aio.ServicerContext

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
 
 import grpc
 
@@ -11,21 +13,38 @@ from sale_prefill.v1 import session_service_pb2_grpc
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.rpc.convert import Converter, identifier, labels_of, required_identifier, seconds_of
 from sale_prefill_server.rpc.interceptor import current_caller
+from sale_prefill_server.rpc.residency import brought_back
+from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Retention, SessionState
+from sale_prefill_server.sessions.session import SessionState
+from sale_prefill_server.store.base import StoreError
 
 _DEFAULT_PAGE = 100
 _MAXIMUM_PAGE = 1000
-_UPDATABLE = ("retention", "retention.lease_duration", "retention.sliding", "labels")
+#: That a deletion may wait for slow tiers.
+_FORGET_SECONDS = 10.0
+_RETENTION = {
+    "retention.lease_duration": "lease_seconds",
+    "retention.sliding": "sliding",
+    "retention.durability": "durability",
+    "retention.pin": "pin",
+}
+_UPDATABLE = ("retention", *_RETENTION, "labels")
 
 
 class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
     """Serves the session calls."""
 
     def __init__(
-        self, manager: SessionManager, scheduler: Scheduler, converter: Converter, max_lease_seconds: float
+        self,
+        manager: SessionManager,
+        admission: Admission,
+        scheduler: Scheduler,
+        converter: Converter,
+        max_lease_seconds: float,
     ) -> None:
+        self._admission = admission
         self._manager = manager
         self._scheduler = scheduler
         self._converter = converter
@@ -91,11 +110,8 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         )
         wanted = self._converter.retention(asked.retention)
         held = session.retention
-        whole = "retention" in paths
-        retention = Retention(
-            lease_seconds=wanted.lease_seconds if whole or "retention.lease_duration" in paths else held.lease_seconds,
-            sliding=wanted.sliding if whole or "retention.sliding" in paths else held.sliding,
-        )
+        named = {_RETENTION[path]: getattr(wanted, _RETENTION[path]) for path in paths if path in _RETENTION}
+        retention = wanted if "retention" in paths else replace(held, **named)
         labels = labels_of(asked.labels) if "labels" in paths else None
         self._manager.update(session, retention if retention != held else None, labels)
         return pb.UpdateSessionResponse(session=self._converter.session(self._manager.describe(session)))
@@ -107,6 +123,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         parent = self._manager.get(current_caller().tenant, required_identifier("session_id", request.session_id))
         retention = self._converter.retention(request.retention) if request.HasField("retention") else None
         new_id = identifier("new_session_id", request.new_session_id)
+        await brought_back(self._admission, parent)
         # Off the loop: the last page is copied.
         child = await asyncio.to_thread(self._manager.fork, parent, new_id, request.num_tokens, retention)
         return pb.ForkSessionResponse(session=self._converter.session(self._manager.describe(child)))
@@ -128,4 +145,20 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
                     metadata={"session_id": session_id},
                 )
             self._scheduler.cancel(session)
-        return pb.DeleteSessionResponse(freed_bytes=self._manager.delete(session))
+        freed_bytes = self._manager.delete(session)
+        if session.forgotten is not None:
+            await _forgotten(session_id, session.forgotten)
+        return pb.DeleteSessionResponse(freed_bytes=freed_bytes)
+
+
+async def _forgotten(session_id: str, done: Future[None]) -> None:
+    """Waits until no tier has the session any more: what was deleted must not come back after a crash."""
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(done), _FORGET_SECONDS)
+    except (StoreError, TimeoutError) as error:
+        raise PrefillError(
+            Reason.STORE_UNAVAILABLE,
+            f"session {session_id!r} is deleted here, but a tier still has its record ({error}): it goes when that "
+            "tier works again, and comes back if this server dies before",
+            metadata={"session_id": session_id},
+        ) from error

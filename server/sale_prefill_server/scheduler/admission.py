@@ -10,13 +10,15 @@ import numpy as np
 from sale_prefill_server.engine.engine import Engine
 from sale_prefill_server.engine.sampling import Sampler
 from sale_prefill_server.engine.sequence import AttentionSettings
+from sale_prefill_server.engine.sequence import Sequence as EngineSequence
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, RequestFinished
-from sale_prefill_server.kv.pool import KvCapacityError
+from sale_prefill_server.kv.pool import PAGE_TOKENS, KvCapacityError
 from sale_prefill_server.scheduler.decode_task import DecodeTask
 from sale_prefill_server.scheduler.job import Job
-from sale_prefill_server.scheduler.messages import Accepted, DecodeCommand, PrefillCommand
-from sale_prefill_server.scheduler.prefill_task import PrefillTask
+from sale_prefill_server.scheduler.loader import Loader
+from sale_prefill_server.scheduler.messages import Accepted, DecodeCommand, InterruptPolicy, PrefillCommand
+from sale_prefill_server.scheduler.prefill_task import PrefillTask, RestoreTask
 from sale_prefill_server.scheduler.requests import RequestRegistry
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.scheduler.task import Task
@@ -39,6 +41,7 @@ class Admission:
         engine: the model.
         manager: sessions.
         scheduler: runs what is admitted.
+        loader: brings back KV from other tiers, where there are any.
         events: told of refusals, and by tasks of their ends.
         default_retention: of a session that asks for none.
         prefix_reuse: new sessions take KV from others of their tenant, where the request allows it.
@@ -53,6 +56,7 @@ class Admission:
         scheduler: Scheduler,
         events: EventBus,
         *,
+        loader: Loader | None = None,
         default_retention: Retention,
         prefix_reuse: bool = True,
         max_queued_requests: int,
@@ -61,6 +65,7 @@ class Admission:
         self._engine = engine
         self._manager = manager
         self._scheduler = scheduler
+        self._loader = loader
         self._events = events
         self._default_retention = default_retention
         self._prefix_reuse = prefix_reuse
@@ -83,6 +88,29 @@ class Admission:
         """
         return self._admit(command, "decode")
 
+    def open_import(self, tenant: str, token_ids: Sequence[int], attention: AttentionSettings | None) -> EngineSequence:
+        """An empty sequence with room for the KV of `token_ids`, which comes from elsewhere; the caller owns it.
+
+        Args:
+            tenant: whose it is.
+            token_ids: all that the session is to hold.
+            attention: of what will be appended; None for the server's default.
+
+        Raises:
+            PrefillError: NO_TOKENS, INVALID_TOKEN, CONTEXT_EXCEEDED, KV_CAPACITY.
+        """
+        if not len(token_ids):
+            raise PrefillError(Reason.NO_TOKENS, "token_ids is empty: say which tokens the KV is of", field="token_ids")
+        self._check_tokens(token_ids)
+        self._check_length(len(token_ids))
+        sequence = self._engine.open(attention or self._engine.defaults, tenant)
+        try:
+            self._take_room(sequence, len(token_ids))
+        except PrefillError:
+            sequence.release()
+            raise
+        return sequence
+
     def _admit(self, command: PrefillCommand | DecodeCommand, kind: str) -> Admitted:
         try:
             earlier = self._requests.find(command) if command.request_id else None
@@ -95,8 +123,42 @@ class Admission:
             self._events.emit(RequestFinished(kind=kind, outcome="rejected", reason=error.reason))
             raise
         self._requests.remember(command, task)
-        self._scheduler.add(task)
+        self._start(task)
         return Admitted(task.job, joined=False)
+
+    def bring_back(self, session: Session) -> Job | None:
+        """Has the KV of an idle session brought back to the device; None where it is there.
+
+        Raises:
+            PrefillError: SESSION_BUSY, KV_CAPACITY.
+        """
+        if session.is_resident:
+            return None
+        self._manager.check_out(session)
+        try:
+            self._reserve_room(session, session.num_tokens)
+        except PrefillError:
+            self._undo(session, created=False)
+            raise
+        task = RestoreTask(
+            self._engine,
+            self._manager,
+            self._events,
+            session,
+            Job(self._accepted(session, 0)),
+            token_ids=(),
+            on_interrupt=InterruptPolicy.KEEP,
+            created=False,
+            num_top_logits=0,
+        )
+        self._start(task)
+        return task.job
+
+    def _start(self, task: Task) -> None:
+        if self._loader is not None and task.wants_loading:
+            self._loader.submit(task)
+        else:
+            self._scheduler.add(task)
 
     def _join(self, task: Task) -> bool:
         """Whether an earlier call's job serves this one: it runs, it has its result, or it goes on where it stopped."""
@@ -112,7 +174,7 @@ class Admission:
             self._undo(task.session, created=False)
             raise
         task.reopen(self._accepted(task.session, task.remaining_tokens))
-        self._scheduler.add(task)
+        self._start(task)
         return True
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
@@ -133,10 +195,11 @@ class Admission:
 
     def _check_queue(self) -> None:
         load = self._scheduler.load()
-        if load.running_requests + load.queued_requests >= self._max_queued_requests:
+        loading = 0 if self._loader is None else self._loader.loading_requests
+        if load.running_requests + load.queued_requests + loading >= self._max_queued_requests:
             raise PrefillError(
                 Reason.QUEUE_FULL,
-                f"{load.queued_requests} requests wait and {load.running_requests} run, the limit is "
+                f"{load.queued_requests + loading} requests wait and {load.running_requests} run, the limit is "
                 f"{self._max_queued_requests}: come back in {load.backlog_seconds:.1f} s",
                 metadata={"queued_requests": load.queued_requests, "queued_tokens": load.queued_tokens},
                 retry_after_seconds=load.backlog_seconds,
@@ -260,10 +323,22 @@ class Admission:
             )
 
     def _reserve_room(self, session: Session, total_tokens: int) -> None:
+        """Pages for `total_tokens`; sessions that other tiers have leave the device where that makes room."""
+        pages = -(-total_tokens // PAGE_TOKENS)
+        num_bytes = pages * self._engine.model.kv_shape.page_bytes
+        self._manager.check_pin_quota(session.tenant, session.retention, num_bytes, but=session)
+        self._take_room(session.sequence, total_tokens)
+
+    def _take_room(self, sequence: EngineSequence, num_tokens: int) -> None:
         try:
-            session.sequence.kv.reserve(total_tokens)
+            sequence.kv.reserve(num_tokens)
         except KvCapacityError as error:
-            raise kv_capacity(error) from error
+            if not self._manager.make_room(error.needed_bytes - error.free_bytes):
+                raise kv_capacity(error) from error
+            try:
+                sequence.kv.reserve(num_tokens)
+            except KvCapacityError as again:
+                raise kv_capacity(again) from again
 
     def _accepted(self, session: Session, new_tokens: int) -> Accepted:
         load = self._scheduler.load()

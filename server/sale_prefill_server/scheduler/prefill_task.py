@@ -26,10 +26,17 @@ class PrefillTask(Task):
         return True
 
     def _step(self) -> bool:
-        self._append.step(self.job)
+        if self._append.remaining_tokens:
+            self._append.step(self.job)
         if self.session.last_logits is not None:
             self._top_logits = best_logits(self.session.last_logits, self._num_top_logits)
         return self._append.remaining_tokens == 0
 
     def _outcome(self, session: SessionInfo) -> PrefillDone:
         return PrefillDone(session, self._top_logits, self._append.report(self.job.queue_seconds))
+
+
+class RestoreTask(PrefillTask):
+    """Brings a session's KV back to the device; computes what no tier has."""
+
+    kind = "restore"

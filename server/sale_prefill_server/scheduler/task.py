@@ -3,126 +3,28 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 
-from sale_attention import Audit
 from sale_prefill_server.engine.engine import Engine
-from sale_prefill_server.engine.guard import GuardReport
-from sale_prefill_server.engine.report import PrefillReport, make_report
 from sale_prefill_server.errors import PrefillError, Reason, kv_capacity
-from sale_prefill_server.events import EventBus, PrefillChunkDone, PrefillWork, RequestFinished
+from sale_prefill_server.events import EventBus, PrefillWork, RequestFinished
+from sale_prefill_server.kv.gate import LoadFailedError
 from sale_prefill_server.kv.pool import KvCapacityError
+from sale_prefill_server.scheduler.append import Append
 from sale_prefill_server.scheduler.job import Job, StoppedError
 from sale_prefill_server.scheduler.messages import Accepted, DecodeDone, InterruptPolicy, PrefillDone
+from sale_prefill_server.sessions.archive import SessionArchive
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Session, SessionInfo, SessionState
+from sale_prefill_server.sessions.session import Durability, Session, SessionInfo, SessionState
+from sale_prefill_server.store.base import StoreError
 
 logger = logging.getLogger(__name__)
 
-
-class Append:
-    """Prefill of `token_ids` at the end of a session, chunk by chunk.
-
-    With `reuses_prefix`, a session that holds nothing else takes KV from others wherever they are ahead of it.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        events: EventBus,
-        session: Session,
-        token_ids: Sequence[int],
-        *,
-        reuses_prefix: bool = False,
-    ) -> None:
-        self._engine = engine
-        self._events = events
-        self._session = session
-        self._token_ids = token_ids
-        self._statistics = engine.new_statistics()
-        self._audit: Audit | None = None
-        self._guard_report: GuardReport | None = None
-        self._compute_seconds = 0.0
-        self._reuses_prefix = reuses_prefix and session.num_tokens == 0
-        self.prefix_tokens = 0
-        self.start = session.num_tokens
-        self.end = self.start + len(token_ids)
-
-    @property
-    def remaining_tokens(self) -> int:
-        """Tokens still to compute."""
-        return max(0, self.end - self._session.num_tokens)  # a decode grows the session past the appended tokens
-
-    def adopt_prefix(self, *, copies: bool) -> None:
-        """Takes what other sessions hold of the tokens still to compute; see `Sequence.adopt`.
-
-        Raises:
-            KvCapacityError: what they hold must be copied, and there is no room.
-        """
-        if self._reuses_prefix:
-            before = self._session.num_tokens
-            gained = self._session.sequence.adopt(self._token_ids, copies=copies)
-            self.prefix_tokens += gained
-            self._session.extend(self._token_ids[before : before + gained], None)
-
-    def step(self, job: Job) -> None:
-        """Computes the next chunk.
-
-        Raises:
-            StoppedError: nobody wants the job any more; the session holds whole chunks only.
-            KvCapacityError: as `adopt_prefix`.
-        """
-        self.adopt_prefix(copies=True)
-        session, position = self._session, self._session.num_tokens
-        if position == self.start + self.prefix_tokens:
-            self._audit = self._engine.begin_audit(session.sequence, position, self.end)
-        boundary = self._engine.next_boundary(position, self.end)
-        chunk = self._token_ids[position - self.start : boundary - self.start]
-        started = time.perf_counter()
-
-        def on_layer(layer: int) -> None:
-            if job.unwanted:
-                raise StoppedError
-            done = position - self.start + len(chunk) * (layer + 1) / self._engine.model.kv_shape.num_layers
-            job.report_progress(position, done / (self.end - self.start))
-
-        try:
-            logits = self._engine.prefill_chunk(
-                session.sequence,
-                chunk,
-                prompt_end=self.end,
-                statistics=self._statistics,
-                on_layer=on_layer,
-                audit=self._audit,
-            )
-            if self._audit is not None and boundary == self.end:
-                self._guard_report = self._engine.finish_audit(session.sequence, self._audit)
-        except BaseException:
-            session.sequence.truncate(position)
-            self._audit = None  # it has seen layers of a chunk that will come again
-            raise
-        finally:
-            duration_seconds = time.perf_counter() - started
-            self._compute_seconds += duration_seconds
-        session.extend(chunk, logits if boundary == self.end else None)
-        job.report_progress(boundary, (boundary - self.start) / (self.end - self.start))
-        self._events.emit(PrefillChunkDone(len(chunk), duration_seconds))
-
-    def report(self, queue_seconds: float) -> PrefillReport:
-        """Costs and sparsity so far."""
-        return make_report(
-            self._statistics,
-            queue_seconds=queue_seconds,
-            compute_seconds=self._compute_seconds,
-            computed_tokens=min(self._session.num_tokens, self.end) - self.start - self.prefix_tokens,
-            cached_tokens=self.start + self.prefix_tokens,
-            prefix_tokens=self.prefix_tokens,
-            backend=self._engine.attention_backend,
-            profile=self._engine.profile_report(self._session.sequence),
-            guard=self._guard_report,
-        )
+#: Loads of one task that may fail before it computes what is missing.
+_MOST_LOADS = 3
 
 
 class Task(ABC):
@@ -163,6 +65,8 @@ class Task(ABC):
         self._created = created
         self._append = Append(engine, events, session, token_ids, reuses_prefix=created and reuses_prefix)
         self._stopped_generation: int | None = None
+        self._loads = 0
+        self.reload: Callable[[Task], None] | None = None
 
     @property
     @abstractmethod
@@ -180,6 +84,65 @@ class Task(ABC):
         current = self._manager.find(self.session.tenant, self.session.session_id)
         return current is self.session and self.session.generation == self._stopped_generation
 
+    @property
+    def wants_loading(self) -> bool:
+        """Whether KV that it could use may be in other tiers."""
+        if self._loads >= _MOST_LOADS:
+            return False
+        return not self.session.is_resident or self._append.reuses_prefix
+
+    def load(self, archive: SessionArchive, start: Callable[[], None]) -> None:
+        """Brings back KV from other tiers; called off the scheduler's thread, which must not have the task meanwhile.
+
+        Args:
+            archive: where from.
+            start: called, once at most, when steps may begin; they will wait for layers that are still to come.
+
+        Raises:
+            LoadFailedError: `forget_loaded` unless `start` was called, and try again.
+            KvCapacityError: no room.
+        """
+        session, append = self.session, self._append
+        sequence = session.sequence
+        own = not session.is_resident
+        overlaps = self._loads == 0
+        self._loads += 1
+        sequence.kv.reserve(self.room_tokens)
+        if own:
+            sequence.adopt(session.tokens, copies=True, whole=True)
+
+        def on_first_layer(gained: int) -> None:
+            append.restored_tokens = gained
+            if overlaps:
+                start()
+
+        gained = archive.load(
+            sequence,
+            session.tenant,
+            session.tokens if own else append.all_tokens,
+            whole=own,
+            on_first_layer=on_first_layer,
+        )
+        if own and session.last_logits is None and gained:
+            session.last_logits = archive.load_logits(session)
+
+    def forget_loaded(self) -> None:
+        """What was to be brought back did not come.
+
+        Raises:
+            KvCapacityError: the room for it was given up and is gone.
+        """
+        self._append.restored_tokens = 0
+        self.session.sequence.kv.load(None)
+        self.session.sequence.truncate(0)
+        if self._append.reuses_prefix:
+            self.session.truncate(0)
+        self.session.sequence.kv.reserve(self.room_tokens)
+
+    def refuse(self, error: PrefillError) -> None:
+        """Ends a task that was never run."""
+        self._fail(error)
+
     def run_step(self) -> bool:
         """One step; True when the task is over. Whatever goes wrong ends this task only."""
         if self.job.unwanted:
@@ -187,7 +150,13 @@ class Task(ABC):
             return True
         self.job.start()
         try:
-            over = self._step()
+            try:
+                over = self._step()
+            except LoadFailedError:
+                self.forget_loaded()
+                assert self.reload is not None
+                self.reload(self)
+                return True
         except StoppedError:
             self._stop()
             return True
@@ -222,6 +191,7 @@ class Task(ABC):
     def reopen(self, accepted: Accepted) -> None:
         """Goes on after a stop; the caller has checked the session out again."""
         self._stopped_generation = None
+        self._loads = 0
         self.job.reopen(accepted)
 
     @abstractmethod
@@ -233,9 +203,34 @@ class Task(ABC):
         """The result, with the session as it was checked in."""
 
     def _finish(self) -> None:
-        outcome = self._outcome(self._manager.check_in(self.session, SessionState.READY))
-        self._emit("ok", "")
-        self.job.finish(outcome)
+        session = self.session
+        outcome = self._outcome(self._manager.check_in(session, SessionState.READY))
+        saved = session.saved
+        if saved is None or session.retention.durability not in (Durability.LOCAL, Durability.SHARED):
+            self._emit("ok", "")
+            self.job.finish(outcome)
+            return
+        saved.done.add_done_callback(lambda done: self._finish_saved(outcome, done))
+
+    def _finish_saved(self, outcome: PrefillDone | DecodeDone, done: Future[Durability]) -> None:
+        """Sends the result once it is as durable as promised, or says that it is not."""
+        error = done.exception()
+        if error is None:
+            self._emit("ok", "")
+            self.job.finish(replace(outcome, session=replace(outcome.session, durability=done.result())))
+            return
+        if not isinstance(error, StoreError):
+            logger.error("saving session %s failed", self.session.session_id, exc_info=error)
+        failure = PrefillError(
+            Reason.STORE_UNAVAILABLE,
+            f"session {outcome.session.session_id!r} is ready, but it is not as durable as promised: {error}; send the "
+            "same request_id again, or go on without",
+            metadata={"session_id": outcome.session.session_id},
+            retry_after_seconds=1.0,
+        )
+        self._stopped_generation = self.session.generation  # the same request_id tries again
+        self._emit("error", failure.reason)
+        self.job.finish(failure)
 
     def _stop(self) -> None:
         session = self.session
@@ -280,6 +275,7 @@ class Task(ABC):
             computed_tokens=report.computed_tokens,
             cached_tokens=report.cached_tokens,
             prefix_tokens=report.prefix_tokens,
+            restored_tokens=report.restored_tokens,
             prompt_tokens=self._append.end,
             queue_seconds=queue_seconds,
             compute_seconds=report.compute_seconds,
@@ -300,7 +296,7 @@ class Task(ABC):
                 kind=self.kind,
                 outcome=outcome,
                 reason=str(reason),
-                prefill=work if self._append.end > self._append.start else None,
+                prefill=work if self._append.end > self._append.start or report.restored_tokens else None,
                 queue_seconds=queue_seconds,
                 decoded_tokens=len(self.job.tokens),
                 decode_seconds=self._decode_seconds(),

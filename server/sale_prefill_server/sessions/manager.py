@@ -11,8 +11,17 @@ from collections.abc import Callable, Mapping
 from sale_prefill_server.engine.sequence import Sequence as EngineSequence
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, LeaseRenewed, SessionChanged
-from sale_prefill_server.kv.pool import KvCapacityError
-from sale_prefill_server.sessions.session import Retention, Session, SessionInfo, SessionState
+from sale_prefill_server.kv.pool import PAGE_TOKENS, KvCapacityError
+from sale_prefill_server.sessions.archive import SessionArchive
+from sale_prefill_server.sessions.session import (
+    Durability,
+    KvTier,
+    Retention,
+    Session,
+    SessionInfo,
+    SessionPin,
+    SessionState,
+)
 
 #: Ids of ended sessions that are remembered, to tell an expired session from an unknown one.
 REMEMBERED_ENDS = 65536
@@ -26,9 +35,19 @@ class SessionManager:
     Args:
         events: told of every change of state.
         clock: monotonic seconds.
+        archive: other tiers, where sessions are saved after each request.
+        pin_quota_bytes: most that one tenant's hard-pinned sessions may take.
     """
 
-    def __init__(self, events: EventBus, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        events: EventBus,
+        clock: Callable[[], float] = time.monotonic,
+        archive: SessionArchive | None = None,
+        pin_quota_bytes: int | None = None,
+    ) -> None:
+        self._archive = archive
+        self._pin_quota_bytes = pin_quota_bytes
         self._events = events
         self._clock = clock
         self._lock = threading.RLock()
@@ -75,7 +94,7 @@ class SessionManager:
         with self._lock:
             counts = dict.fromkeys(SessionState, 0)
             for session in self._sessions.values():
-                counts[session.state] += 1
+                counts[session.visible_state] += 1
             return counts
 
     def create(
@@ -117,14 +136,16 @@ class SessionManager:
         """
         with self._lock:
             session.state = state
+            session.used_seconds = now = self._clock()
             session.sequence.kv.trim()
-            now = self._clock()
             lease_end = now + session.retention.lease_seconds
             if session.deadline_seconds is None:
                 session.deadline_seconds = lease_end
             elif session.retention.sliding:
                 session.deadline_seconds = max(session.deadline_seconds, lease_end)
             doomed = session.delete_when_idle
+            if not doomed and self._archive is not None and session.is_resident and self._archive.wants(session):
+                session.saved = self._archive.save(session)
             info = self.describe(session)
         self._changed(SessionState.BUSY, state, "done")
         if doomed:
@@ -175,14 +196,31 @@ class SessionManager:
         return child
 
     def update(self, session: Session, retention: Retention | None, labels: Mapping[str, str] | None) -> None:
-        """Changes the policy, the labels or both; a shorter lease_seconds takes effect with the next request."""
+        """Changes the policy, the labels or both; a shorter lease_seconds takes effect with the next request.
+
+        Raises:
+            PrefillError: PIN_QUOTA.
+        """
         with self._lock:
             if retention is not None:
+                pages = -(-session.num_tokens // PAGE_TOKENS)
+                num_bytes = pages * session.sequence.kv.shape.page_bytes
+                self.check_pin_quota(session.tenant, retention, num_bytes, but=session)
                 session.retention = retention
                 if session.deadline_seconds is not None:
                     session.deadline_seconds = max(session.deadline_seconds, self._clock() + retention.lease_seconds)
             if labels is not None:
                 session.labels = dict(labels)
+            self._save_changed(session)
+
+    def _save_changed(self, session: Session) -> None:
+        """A busy session is saved with its next check-in anyway."""
+        if self._archive is None or session.state is SessionState.BUSY:
+            return
+        if session.saved is not None and session.saved.generation == session.generation:
+            session.saved = self._archive.resave(session)
+        elif session.is_resident and self._archive.wants(session):
+            session.saved = self._archive.save(session)
 
     def delete(self, session: Session) -> int:
         """Frees an idle session now, a busy one at its check-in. Returns the bytes that this frees."""
@@ -194,19 +232,43 @@ class SessionManager:
         self._end(session, "deleted")
         return freed_bytes
 
+    def check_pin_quota(self, tenant: str, retention: Retention, num_bytes: int, but: Session | None = None) -> None:
+        """Hard pins of a tenant stay within its quota.
+
+        Raises:
+            PrefillError: PIN_QUOTA.
+        """
+        if retention.pin is not SessionPin.HARD or self._pin_quota_bytes is None:
+            return
+        with self._lock:
+            pinned_bytes = sum(
+                session.pinned_bytes
+                for session in self._sessions.values()
+                if session.tenant == tenant and session is not but
+            )
+        needed_bytes = pinned_bytes + num_bytes
+        if needed_bytes > self._pin_quota_bytes:
+            raise PrefillError(
+                Reason.PIN_QUOTA,
+                f"hard pins would take {needed_bytes} bytes, the tenant's quota is {self._pin_quota_bytes}: delete "
+                "pinned sessions, or pin this one softly",
+                metadata={"needed_bytes": needed_bytes, "quota_bytes": self._pin_quota_bytes},
+            )
+
     def drop(self, session: Session, reason: str) -> None:
         """Frees a session whatever its state; for the request that has it checked out."""
         self._end(session, reason)
 
     def describe(self, session: Session) -> SessionInfo:
         """The session as it is now."""
+        archive = self._archive
         with self._lock:
             remaining_seconds = None
             if session.state is not SessionState.BUSY and session.deadline_seconds is not None:
                 remaining_seconds = max(0.0, session.deadline_seconds - self._clock())
             return SessionInfo(
                 session_id=session.session_id,
-                state=session.state,
+                state=session.visible_state,
                 num_tokens=session.num_tokens,
                 size_bytes=session.sequence.kv.size_bytes,
                 created_unix_seconds=session.created_unix_seconds,
@@ -217,7 +279,43 @@ class SessionManager:
                 retention=session.retention,
                 settings=session.sequence.settings,
                 labels=dict(session.labels),
+                tier=KvTier.DEVICE if session.is_resident or archive is None else archive.tier(session),
+                durability=Durability.NONE if archive is None else archive.durability(session),
             )
+
+    def adopt(self, session: Session) -> None:
+        """Takes in a session that was found in the archive; its lease starts anew. One of that id here stays."""
+        with self._lock:
+            if (session.tenant, session.session_id) in self._sessions:
+                session.sequence.release()
+                return
+            self._sessions[session.tenant, session.session_id] = session
+            session.deadline_seconds = self._clock() + session.retention.lease_seconds
+        self._changed("none", session.visible_state, "recovered")
+
+    def make_room(self, needed_bytes: int) -> bool:
+        """Gives up KV on the device of idle sessions that are kept elsewhere, least recently used first.
+
+        Sessions pinned softly go last, those pinned hard never. Whether as much was freed.
+        """
+        if self._archive is None:
+            return False
+        with self._lock:
+            idle = [
+                session
+                for session in self._sessions.values()
+                if session.visible_state in (SessionState.READY, SessionState.PARTIAL)
+                and session.retention.pin is not SessionPin.HARD
+                and self._archive.is_saved(session)
+            ]
+            idle.sort(key=lambda session: (session.retention.pin is SessionPin.SOFT, session.used_seconds))
+            for session in idle:
+                if needed_bytes <= 0:
+                    break
+                needed_bytes -= session.sequence.kv.exclusive_bytes
+                session.offload()
+                self._changed(session.state, SessionState.OFFLOADED, "room")
+        return needed_bytes <= 0
 
     def sweep(self) -> None:
         """Ends every session whose lease is over."""
@@ -249,8 +347,11 @@ class SessionManager:
                 while len(self._expired) > REMEMBERED_ENDS:
                     self._expired.popitem(last=False)
             # What was deleted is gone; what ran out may serve the same tenant's next prompt while there is room.
-            session.sequence.release(keep=reason in ("expired", "released"))
+            lapsed = reason in ("expired", "released")
+            session.sequence.release(keep=lapsed)
             session.last_logits = None
+            if self._archive is not None and session.saved is not None and reason != "shutdown":
+                session.forgotten = self._archive.forget(*key, keep_blocks=lapsed)
         self._changed(session.state, "gone", reason, time.monotonic() - session.created_seconds)
 
     def _changed(self, old_state: str, new_state: str, reason: str, lifetime_seconds: float = 0.0) -> None:

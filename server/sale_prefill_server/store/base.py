@@ -36,7 +36,7 @@ _CODEC = re.compile(r"[a-z0-9-]{0,24}")
 class Level(IntEnum):
     """What a tier survives."""
 
-    MEMORY = 1  #: nothing: it ends with the process
+    MEMORY = 1  #: nothing that is promised; such a tier gets no records
     LOCAL = 2  #: the process's death and a power cut of this machine
     SHARED = 3  #: the loss of this machine; other servers see it too
 
@@ -95,7 +95,10 @@ class RecordKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A block to be written. Its buffers, of bytes, become the store's: whoever made them never changes them again."""
+    """A block to be written. Its buffers, of bytes, become the store's: whoever made them never changes them again.
+
+    A view keeps all memory behind it alive, so each block should have its own.
+    """
 
     key: BlockKey
     parts: Sequence[Buffer]
@@ -227,6 +230,11 @@ class Tier(ABC):
 
     name: str
     level: Level
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers put and remove things too, so that the tier must be asked what it has."""
+        return self.level is Level.SHARED
 
     @abstractmethod
     def put_blocks(self, blocks: Sequence[Block]) -> None:

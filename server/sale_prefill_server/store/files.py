@@ -47,10 +47,9 @@ from sale_prefill_server.store.format import (
     encode_block_header,
     encode_record,
 )
+from sale_prefill_server.store.names import block_name, parse_block_name, parse_record_name, record_name
 from sale_prefill_server.store.staging import Staging
 
-_BLOCK_SUFFIX = ".kv"
-_RECORD_SUFFIX = ".record"
 #: Files written and synced together, and as many descriptors open at once.
 _GROUP_FILES = 64
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -142,7 +141,7 @@ class FileTier(Tier):
             for tenant in self._layer.list_directory(self.root / "blocks"):
                 for shard in self._layer.list_directory(Path(tenant.path)):
                     for file in self._layer.list_directory(Path(shard.path)):
-                        key = _block_key(tenant.name, file.name)
+                        key = parse_block_name(tenant.name, file.name)
                         if key is not None:
                             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                                 status = file.stat()
@@ -174,12 +173,12 @@ class FileTier(Tier):
 
     def list_records(self) -> list[RecordKey]:
         with self._failures():
-            return [
-                RecordKey(tenant.name, file.name.removesuffix(_RECORD_SUFFIX))
+            keys = [
+                parse_record_name(tenant.name, file.name)
                 for tenant in self._layer.list_directory(self.root / "records")
                 for file in self._layer.list_directory(Path(tenant.path))
-                if file.name.endswith(_RECORD_SUFFIX)
             ]
+        return [key for key in keys if key is not None]
 
     def close(self) -> None:
         self._staging.close()
@@ -263,21 +262,9 @@ class FileTier(Tier):
         return error
 
     def _block_path(self, key: BlockKey) -> Path:
-        tenant, hash_, codec = key.checked()
-        name = f"{hash_}.{codec}{_BLOCK_SUFFIX}" if codec else f"{hash_}{_BLOCK_SUFFIX}"
-        return self.root / "blocks" / tenant / hash_[0] / name
+        name = block_name(key)
+        return self.root / "blocks" / key.tenant / name[0] / name
 
     def _record_path(self, key: RecordKey) -> Path:
-        tenant, session = key.checked()
-        return self.root / "records" / tenant / f"{session}{_RECORD_SUFFIX}"
-
-
-def _block_key(tenant: str, file_name: str) -> BlockKey | None:
-    """The key that a file name says, or None where it is none of ours."""
-    if not file_name.endswith(_BLOCK_SUFFIX):
-        return None
-    hash_, _, codec = file_name.removesuffix(_BLOCK_SUFFIX).partition(".")
-    try:
-        return BlockKey(tenant, hash_, codec).checked()
-    except ValueError:
-        return None
+        name = record_name(key)
+        return self.root / "records" / key.tenant / name

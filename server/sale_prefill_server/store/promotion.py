@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from sale_prefill_server.store.base import Block, BlockKey, Level, StoreError
-from sale_prefill_server.store.reading import Located
+from sale_prefill_server.store.located import Located
 from sale_prefill_server.store.slot import TierSlot
 from sale_prefill_server.store.workers import Workers
 
@@ -27,8 +27,8 @@ class Promotion:
     """
 
     def __init__(self, slots: Sequence[TierSlot], put: Callable[[TierSlot, Sequence[Block]], None]) -> None:
-        self._memory = [slot for slot in slots if slot.level is Level.MEMORY]
-        self._faster = [slot for slot in slots if slot.level is not Level.SHARED]
+        self._memory = [slot for slot in slots if slot.is_own_memory]
+        self._faster = [slot for slot in slots if not slot.is_shared]
         self._put = put
         self._workers = Workers("kv-promote", 1)
         self._waiting = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,7 +72,9 @@ class TierSlot:
         self.tier = settings.tier
         self.name = settings.tier.name
         self.level = settings.tier.level
-        self.is_shared = settings.tier.level is Level.SHARED
+        self.is_shared = settings.tier.is_shared
+        self.is_own_memory = self.level is Level.MEMORY and not self.is_shared
+        self.keeps_records = self.level is not Level.MEMORY
         self.observer = observer
         self.lock = lock
         self.index = BlockIndex(rank_of)
@@ -236,6 +239,9 @@ class TierSlot:
                 self.tier.put_blocks(blocks)
         except UnavailableError as error:
             self.writes.failed(error.reason)
+            if not self.is_shared:  # some may be there, in nobody's index
+                with contextlib.suppress(StoreError):
+                    self.tier.delete_blocks([block.key for block in blocks])
             raise
         self.writes.succeeded()
 

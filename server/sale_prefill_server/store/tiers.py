@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -36,8 +36,9 @@ from sale_prefill_server.store.base import (
 )
 from sale_prefill_server.store.events import ObjectDamaged, StoreObserver, WriteFailed, ignore
 from sale_prefill_server.store.index import Rank
+from sale_prefill_server.store.located import Located, Source
 from sale_prefill_server.store.promotion import Promotion
-from sale_prefill_server.store.reading import LayeredRead, Located, Source
+from sale_prefill_server.store.reading import LayeredRead
 from sale_prefill_server.store.references import References
 from sale_prefill_server.store.slot import TierSettings, TierSlot
 from sale_prefill_server.store.writer import TierWriter
@@ -79,8 +80,8 @@ class TieredStore:
         self._slots = [TierSlot(settings, self._lock, self._references.rank, observer) for settings in tiers]
         if len({slot.name for slot in self._slots}) < len(self._slots):
             raise ValueError(f"tiers {[slot.name for slot in self._slots]}: give each its own name")
-        self._writers = {slot: TierWriter(slot, self._fetch) for slot in self._slots if slot.level is not Level.MEMORY}
-        self._acknowledgements = Acknowledgements({slot.name: slot.level for slot in self._writers})
+        self._writers = {slot: TierWriter(slot, self._fetch) for slot in self._slots if not slot.is_own_memory}
+        self._acknowledgements = Acknowledgements({slot.name: slot.level for slot in self._slots if slot.keeps_records})
         self._memory_lock = threading.Lock()
         self._promotion = Promotion(self._slots, self._put_fast)
 
@@ -89,24 +90,21 @@ class TieredStore:
     def recover(self) -> list[Record]:
         """Takes stock of the local tiers and returns the records that they hold, verified; reads no block.
 
+        A local tier that does not work is reported as down, and what it holds stays unknown to this process.
+
         Records and blocks of a shared tier are found when they are asked for. A block that a record needs and that is
         not there is no error here: `locate` will say so.
         """
         found: dict[RecordKey, Record] = {}
         for slot in self._slots:
-            if slot.level is not Level.LOCAL:
-                continue
-            for key in slot.tier.list_records():
+            if slot.level is Level.LOCAL:
                 try:
-                    record = slot.tier.get_record(key)
-                except CorruptError as error:
-                    self._observer(ObjectDamaged(slot.name, key, error.reason))
-                    continue
-                except NotFoundError:
-                    continue
-                found.setdefault(key, record)
-                self._acknowledgements.found(key, slot.name)
-            slot.load()
+                    for record in self._records_of(slot):
+                        found.setdefault(record.key, record)
+                        self._acknowledgements.found(record.key, slot.name)
+                    slot.load()
+                except UnavailableError as error:
+                    slot.failed_read(error)
         with self._lock:
             for record in found.values():
                 self._rerank(self._references.add(record, within_quota=False))
@@ -129,8 +127,8 @@ class TieredStore:
             wait_seconds: how long to wait where a tier's queue is full.
 
         Returns:
-            False where a durable tier refused them: out of use, or its queue stayed full. Others have them all the
-            same, and a record that needs them brings them from there.
+            False where a tier refused them: out of use, or its queue stayed full. Others have them all the same, and a
+            record that needs them brings them from there.
         """
         accepted = True
         blocks = [checked_block(block) for block in blocks]
@@ -145,7 +143,8 @@ class TieredStore:
     def put_record(self, record: Record, *, level: Level = Level.SHARED) -> None:
         """Has a record written to the durable tiers up to `level`, after what was put before it; see `flush`.
 
-        From now on its blocks are kept as `record.pin` says, and those of an older record of the same key are not.
+        From now on its blocks are kept as `record.pin` says, and those of an older record of the same key are not; at
+        level MEMORY that is all, since no tier gets the record.
 
         Raises:
             PinQuotaError: nothing has changed then.
@@ -153,7 +152,7 @@ class TieredStore:
         record.key.checked()
         with self._lock:
             self._rerank(self._references.add(record))
-        targets = [slot for slot in self._targets(level) if slot in self._writers]
+        targets = [slot for slot in self._targets(level) if slot.keeps_records]
         done = self._acknowledgements.asked(record.key, [slot.name for slot in targets])
         for slot in targets:
             self._writers[slot].put_record(record, functools.partial(done, slot.name))
@@ -198,11 +197,11 @@ class TieredStore:
             self._rerank(needed)
         self._acknowledgements.forget(key)
         freed = functools.partial(self._unneeded, set() if keep_blocks else needed)
-        removed = Countdown(len(self._writers))
+        removed = Countdown(sum(slot.keeps_records for slot in self._slots))
         for slot in self._slots:
-            if slot in self._writers:
+            if slot.keeps_records:
                 self._writers[slot].delete_record(key, freed if slot.level is Level.LOCAL else list, removed.count)
-            else:
+            elif slot.is_own_memory:
                 slot.forget_blocks(freed())
         return removed.future
 
@@ -258,7 +257,7 @@ class TieredStore:
             NotFoundError: no tier has it, as far as tiers answer.
         """
         for slot in self._slots:
-            if slot in self._writers:
+            if slot.keeps_records:
                 try:
                     return slot.call(functools.partial(slot.tier.get_record, key), slot.settings.read_timeout_seconds)
                 except StoreError:
@@ -297,7 +296,7 @@ class TieredStore:
     def _targets(self, level: Level) -> list[TierSlot]:
         """Tiers up to a level, and where none of them reaches it, the first that goes beyond."""
         targets = [slot for slot in self._slots if slot.level <= level]
-        if not any(slot.level is level for slot in targets):
+        if level is not Level.MEMORY and not any(slot.level is level for slot in targets):
             targets += [slot for slot in self._slots if slot.level > level][:1]
         return targets
 
@@ -339,6 +338,15 @@ class TieredStore:
                     except StoreError:
                         continue
         return found
+
+    def _records_of(self, slot: TierSlot) -> Iterator[Record]:
+        for key in slot.tier.list_records():
+            try:
+                yield slot.tier.get_record(key)
+            except CorruptError as error:
+                self._observer(ObjectDamaged(slot.name, key, error.reason))
+            except NotFoundError:
+                continue
 
     def _unneeded(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         with self._lock:

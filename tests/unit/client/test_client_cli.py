@@ -37,7 +37,7 @@ from tests.unit.client.test_client_tokenizer_files import sending
 from tests.unit.client.texts import save_byte_tokenizer
 
 COMMANDS = [["prefill"], ["decode"], ["sessions", "list"], ["sessions", "get"], ["sessions", "renew"]]
-COMMANDS += [["sessions", "fork"], ["sessions", "delete"], ["pull"], ["info"], ["serve"], ["models"]]
+COMMANDS += [["sessions", "fork"], ["sessions", "delete"], ["pull"], ["push"], ["info"], ["serve"], ["models"]]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,7 @@ class TestHelp:
             ["sessions", "renew", "SESSION", "--lease", "10m"],
             ["sessions", "fork", "SESSION"],
             ["pull", "SESSION", "--output", "kv.safetensors", "--layers", "0:4"],
+            ["push", "kv.safetensors", "--session", "report", "--lease", "10m"],
             ["info", "--wait", "60s"],
             ["serve", "--model", "./my-model", "--port", "50051"],
             ["models", "list"],

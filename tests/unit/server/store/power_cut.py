@@ -7,10 +7,12 @@ removed without a sync of their directory are there or not, in any combination; 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,14 @@ def _torn(file: _File, chance: random.Random) -> bytes:
         return safe + b"".join(s if chance.random() < 0.7 else bytes(len(s)) for s in sectors)
     length = chance.randint(0, len(rest))
     return safe + rest[:length] + (bytes(len(rest) - length) if kind == "zeros" else b"")
+
+
+@contextlib.contextmanager
+def directory_for_many_files() -> Iterator[Path]:
+    """A temporary directory, in memory where the system has one there."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        yield Path(directory)
 
 
 # -- a workload, and what it was promised

@@ -32,7 +32,9 @@ class Harness:
         read_timeout_seconds: float = 5.0,
         write_timeout_seconds: float = 5.0,
         queue_bytes: int = 2**20,
+        backoff_seconds: float = 0.05,
     ) -> None:
+        self._backoff_seconds = backoff_seconds
         self.events: list[StoreEvent] = []
         self.tiers: dict[str, FaultyTier] = {}
         settings = []
@@ -53,7 +55,7 @@ class Harness:
     def _settings(self, tier: MemoryTier | FileTier, **settings: object) -> TierSettings:
         wrapped = FaultyTier(tier)
         self.tiers[tier.name] = wrapped
-        return TierSettings(wrapped, backoff_seconds=0.05, **settings)  # type: ignore[arg-type]
+        return TierSettings(wrapped, backoff_seconds=self._backoff_seconds, **settings)  # type: ignore[arg-type]
 
     def of(self, kind: type) -> list[StoreEvent]:
         """Events of one kind."""

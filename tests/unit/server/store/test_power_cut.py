@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.unit.server.store.power_cut import RecordingLayer, simulate
+from tests.unit.server.store.power_cut import RecordingLayer, directory_for_many_files, simulate
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Thousands of small files, on no disk: what a power cut leaves is decided by the simulation."""
+    with directory_for_many_files() as directory:
+        yield directory
 
 
 def test_200_power_cuts_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:

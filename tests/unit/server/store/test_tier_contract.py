@@ -22,9 +22,15 @@ from tests.unit.server.store.samples import (
 )
 
 
-@pytest.fixture(params=["memory", "files"])
+@pytest.fixture(params=["memory", "files", "s3"])
 def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
-    made: Tier = MemoryTier(2**20) if request.param == "memory" else FileTier(tmp_path / "kv")
+    made: Tier
+    if request.param == "memory":
+        made = MemoryTier(2**20)
+    elif request.param == "files":
+        made = FileTier(tmp_path / "kv")
+    else:
+        made = request.getfixturevalue("bucket").tier()
     yield made
     made.close()
 

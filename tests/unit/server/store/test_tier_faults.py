@@ -72,7 +72,7 @@ def test_a_block_removed_behind_the_stores_back_is_a_miss(tmp_path: Path) -> Non
 
 
 def test_a_dead_tier_is_left_alone_until_it_works_again(tmp_path: Path) -> None:
-    with Harness(tmp_path, shared=True) as harness:
+    with Harness(tmp_path, shared=True, backoff_seconds=0.5) as harness:
         saved(harness, "ab")
         disk = harness.tiers["disk"]
         disk.die()
@@ -83,24 +83,24 @@ def test_a_dead_tier_is_left_alone_until_it_works_again(tmp_path: Path) -> None:
         assert read_all(harness.store, "ab") == true_parts("ab")
         assert len(disk.calls) == calls
         disk.heal()
-        time.sleep(0.06)
+        time.sleep(0.55)
         assert harness.store.locate([block_key("a")]).blocks_by_tier == {"disk": 1}
-        time.sleep(0.06)
+        time.sleep(0.55)
         assert read_all(harness.store, "ab") == true_parts("ab")
         assert harness.of(TierUp) == [TierUp("disk", "read")]
 
 
 def test_a_tier_that_hangs_is_given_up_and_the_next_one_read(tmp_path: Path) -> None:
-    with Harness(tmp_path, shared=True, read_timeout_seconds=0.2) as harness:
+    with Harness(tmp_path, shared=True, read_timeout_seconds=0.5, backoff_seconds=30) as harness:
         saved(harness, "abcd")
         released = harness.tiers["disk"].hang()
         started = time.monotonic()
         assert read_all(harness.store, "abcd") == true_parts("abcd")
-        assert 0.15 < time.monotonic() - started < 2
+        assert 0.4 < time.monotonic() - started < 4
         assert "no progress" in harness.of(TierDown)[0].reason  # type: ignore[attr-defined]
         started = time.monotonic()
         assert read_all(harness.store, "abcd") == true_parts("abcd")
-        assert time.monotonic() - started < 0.15
+        assert time.monotonic() - started < 0.4
         released.set()
 
 
@@ -241,6 +241,25 @@ def test_a_disk_that_others_filled_gets_room_from_our_cache(tmp_path: Path) -> N
         harness.tiers["disk"].before = once_full
         saved(harness, "a", level=Level.LOCAL)
         assert harness.blocks_in("disk") == {block_key("a")}
+
+
+def test_a_disk_that_is_dead_at_the_start_is_reported(tmp_path: Path) -> None:
+    with Harness(tmp_path) as harness:
+        harness.tiers["disk"].die()
+        assert harness.store.recover() == []
+        assert [event.tier for event in harness.of(TierDown)] == ["disk"]  # type: ignore[attr-defined]
+
+
+def test_a_damaged_record_is_reported_and_the_others_are_found(tmp_path: Path) -> None:
+    with Harness(tmp_path) as harness:
+        saved(harness, "a", level=Level.LOCAL)
+        saved(harness, "b", level=Level.LOCAL)
+    file = tmp_path / "disk" / "records" / TENANT / f"{digest('a')}.record"
+    file.write_bytes(file.read_bytes()[:-1])
+    with Harness(tmp_path) as harness:
+        assert harness.store.recover() == [record("b", ("b",))]
+        assert [event.key for event in harness.of(ObjectDamaged)] == [record("a").key]  # type: ignore[attr-defined]
+        assert not file.exists()
 
 
 def test_a_removal_that_fails_is_done_when_the_tier_is_back(tmp_path: Path) -> None:

@@ -76,6 +76,25 @@ def test_blocks_for_memory_only_reach_no_disk(tmp_path: Path) -> None:
         assert (harness.blocks_in("host"), harness.blocks_in("disk")) == ({block_key("a")}, set())
 
 
+def test_blocks_for_memory_only_go_nowhere_where_there_is_none(tmp_path: Path) -> None:
+    with Harness(tmp_path) as harness:
+        harness.store.put_blocks(blocks("a"), level=Level.MEMORY)
+        harness.store.flush_all(PATIENCE_SECONDS)
+        assert harness.blocks_in("disk") == set()
+
+
+def test_a_record_for_memory_only_pins_its_blocks_and_is_written_nowhere(tmp_path: Path) -> None:
+    with Harness(tmp_path, host_bytes=2 * BLOCK_BYTES) as harness:
+        harness.store.put_blocks(blocks("a"), level=Level.MEMORY)
+        harness.store.put_record(record("s", ("a",), pin=Pin.HARD), level=Level.MEMORY)
+        for name in "bcd":
+            harness.store.put_blocks(blocks(name), level=Level.MEMORY)
+        assert harness.blocks_in("host") == {block_key("a"), block_key("d")}
+        assert harness.tiers["disk"].tier.list_records() == []
+        harness.store.delete_record(record("s").key).result(PATIENCE_SECONDS)
+        assert harness.blocks_in("host") == {block_key("d")}
+
+
 def test_a_local_promise_is_kept_by_a_shared_store_where_there_is_no_disk(tmp_path: Path) -> None:
     with Harness(tmp_path, disk=False, shared=True) as harness:
         save(harness, "s", "a", level=Level.LOCAL)

@@ -1,0 +1,174 @@
+# Generated from _async/pull.py by tools/generate_sync_client.py. Do not edit.
+"""KV bytes to the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from sale_prefill.kv_frames import (
+    MANIFEST_DIGEST_KEY,
+    PULL_FRAMES,
+    ChunkFrame,
+    FrameError,
+    keep_freed_memory,
+    message_digest,
+)
+from sale_prefill.v1 import kv_transfer_service_pb2
+
+from .. import _requests
+from .._kv_stub import RawKvStub
+from ..errors import ProtocolError
+from ..kv import KvCache
+from ..kv_assembly import KvAssembler
+from ..kv_stripes import Stripe, StripePlan, flat_memory
+from ..options import DEFAULT_CHUNK_BYTES, Checksum, Layout, Range
+from ..progress import BytesCallback, bytes_reporter
+from ..results import KvSpec
+from ._io import run_together
+from .event_stream import EventStream
+from .sessions import SessionCalls
+
+
+class PullCalls(SessionCalls):
+    """KvTransferService.PullKv."""
+
+    def pull_kv(
+        self,
+        session_id: str,
+        *,
+        token_range: Range | None = None,
+        layer_range: Range | None = None,
+        layout: Layout = "THD",
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        checksum: Checksum = "crc32c",
+        generation: int = 0,
+        expected_spec: KvSpec | None = None,
+        stripes: int = 1,
+        into: npt.NDArray[np.uint8] | None = None,
+        progress: bool | BytesCallback = False,
+        timeout_seconds: float | None = None,
+    ) -> KvCache:
+        """Copy a session's KV cache to this process.
+
+        The bytes go into one block, copied once; each chunk's checksum is verified, and that every byte came exactly
+        once. A connection that breaks is made again and the stream goes on from the chunk where it stopped, of the same
+        generation of the session.
+
+        Args:
+            session_id: the session.
+            token_range, layer_range: part of it, half-open; an end of None is the session's, None is everything.
+            layout: axis order, `"THD"` (tokens, heads, head_dim; the fastest) or `"HTD"` (as transformers has it).
+            chunk_bytes: bytes of a message, about; below both sides' message limit.
+            checksum: digest of each chunk; `"xxh3_64"` needs the package xxhash.
+            generation: generation that the session must have, else GenerationMismatchError; 0 for any.
+            expected_spec: format that the KV must have, else KvSpecMismatchError before a byte moves; its layout is
+                not compared.
+            stripes: connections to read over, each bringing some of the layers.
+            into: C-contiguous memory for the bytes, at least as many; it saves making some. The result's buffer is a
+                view of its beginning.
+            progress: True shows a bar on standard error; a function is called with (bytes done, bytes in all).
+            timeout_seconds: for everything; None for no limit (a silent server is noticed all the same).
+
+        Raises:
+            ChecksumMismatchError: a chunk differs from its checksum.
+            ProtocolError: bytes are missing, repeated or out of place.
+            SalePrefillError: another of its subclasses in `errors`.
+            ValueError: `into` is too small.
+        """
+        keep_freed_memory()
+        memory = None if into is None else flat_memory(into)
+        request = partial(
+            _requests.pull_request,
+            session_id,
+            layout=layout,
+            chunk_bytes=chunk_bytes,
+            checksum=checksum,
+            expected_spec=expected_spec,
+        )
+        assembler = partial(KvAssembler, session_id, layout=layout, checksum=checksum)
+        with bytes_reporter(progress, "pulling") as report:
+            if stripes > 1:
+                stripe = partial(self._stripe, request, assembler, timeout_seconds)
+                session = self.get_session(session_id)
+                plan = StripePlan(session, token_range, layer_range, stripes, memory, generation)
+                return self._pull_striped(plan, stripe, report)
+            whole = request(token_range=token_range, layer_range=layer_range, generation=generation)
+            single = assembler(token_range=token_range, layer_range=layer_range, into=memory)
+            with closing(self._chunks(whole, single, timeout_seconds)) as frames:
+                return _assemble(frames, single, lambda: report(single.received_bytes, single.total_bytes))
+
+    def _stripe(
+        self,
+        request: Callable[..., kv_transfer_service_pb2.PullKvRequest],
+        assembler: Callable[..., KvAssembler],
+        timeout_seconds: float | None,
+        stripe: Stripe,
+    ) -> tuple[EventStream, KvAssembler]:
+        """A stripe's stream, over a connection of its own, and what puts it together."""
+        ranges = {"token_range": stripe.token_range, "layer_range": stripe.layer_range}
+        part = assembler(**ranges, into=stripe.memory)
+        wanted = request(**ranges, generation=stripe.generation)
+        return self._chunks(wanted, part, timeout_seconds, stripe.number), part
+
+    def _pull_striped(
+        self,
+        plan: StripePlan,
+        open_stripe: Callable[[Stripe], tuple[EventStream, KvAssembler]],
+        report: BytesCallback,
+    ) -> KvCache:
+        opened = [open_stripe(stripe) for stripe in plan.stripes]
+        counting = threading.Lock()
+
+        def count() -> None:
+            with counting:
+                report(sum(part.received_bytes for _, part in opened), plan.memory.nbytes)
+
+        calls = [partial(_assemble, frames, part, count) for frames, part in opened]
+
+        def stop() -> None:
+            for frames, _ in opened:
+                frames.cancel()
+
+        return plan.joined(run_together(calls, stop))
+
+    def _chunks(
+        self,
+        request: kv_transfer_service_pb2.PullKvRequest,
+        assembler: KvAssembler,
+        timeout_seconds: float | None,
+        channel_number: int = 0,
+    ) -> EventStream:
+        """The stream of what `assembler` still lacks."""
+
+        def next_request() -> tuple[kv_transfer_service_pb2.PullKvRequest, str]:
+            request.resume_from_chunk = assembler.next_chunk_index
+            request.generation = assembler.generation or request.generation
+            return request, request.session_id
+
+        return self._stream(
+            RawKvStub, "PullKv", next_request, timeout_seconds=timeout_seconds, channel_number=channel_number
+        )
+
+
+def _assemble(frames: EventStream, assembler: KvAssembler, report: Callable[[], None]) -> KvCache:
+    while not assembler.complete and (raw := frames.read()) is not None:
+        try:
+            frame = PULL_FRAMES.decode(raw)
+        except FrameError as error:
+            raise ProtocolError(f"the KV stream is broken: {error}; pull again") from error
+        if isinstance(frame, ChunkFrame):
+            assembler.add_chunk(frame)
+            frames.progressed()
+            report()
+        else:
+            if (frames.initial_metadata()).get(MANIFEST_DIGEST_KEY, expected := message_digest(raw)) != expected:
+                raise ProtocolError("the KV manifest differs from its digest; pull again")
+            assembler.add_manifest(frame.manifest)
+    frames.finish()
+    return assembler.finish()
