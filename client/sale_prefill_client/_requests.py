@@ -18,7 +18,18 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
-from .options import Attention, Checksum, InterruptPolicy, Layout, Range, Sampling, SegmentTransport
+from .options import (
+    Attention,
+    Checksum,
+    Durability,
+    InlineKv,
+    InterruptPolicy,
+    Layout,
+    Pin,
+    Range,
+    Sampling,
+    SegmentTransport,
+)
 from .results import KvSpec
 from .tokens import TokenIds, token_array
 
@@ -30,6 +41,17 @@ _ATTENTION_MODES = {
     "default": session_service_pb2.ATTENTION_MODE_UNSPECIFIED,
     "sale": session_service_pb2.ATTENTION_MODE_SALE,
     "dense": session_service_pb2.ATTENTION_MODE_DENSE,
+}
+_DURABILITIES = {
+    "none": session_service_pb2.DURABILITY_NONE,
+    "async": session_service_pb2.DURABILITY_ASYNC,
+    "local": session_service_pb2.DURABILITY_LOCAL,
+    "shared": session_service_pb2.DURABILITY_SHARED,
+}
+_PINS = {
+    "none": session_service_pb2.PIN_NONE,
+    "soft": session_service_pb2.PIN_SOFT,
+    "hard": session_service_pb2.PIN_HARD,
 }
 _LAYOUTS = {"HTD": kv_pb2.KV_LAYOUT_HTD, "THD": kv_pb2.KV_LAYOUT_THD}
 _TRANSPORTS = {
@@ -78,14 +100,24 @@ def duration(field: str, seconds: float) -> Duration:
     return message
 
 
-def retention(lease_seconds: float | None, sliding: bool | None) -> session_service_pb2.RetentionPolicy:
+def retention(
+    lease_seconds: float | None, sliding: bool | None, durability: Durability | None = None, pin: Pin | None = None
+) -> session_service_pb2.RetentionPolicy:
     """A retention policy; what is None stays unset."""
     message = session_service_pb2.RetentionPolicy()
     if lease_seconds is not None:
         message.lease_duration.CopyFrom(duration("retention.lease_duration", lease_seconds))
     if sliding is not None:
         message.sliding = sliding
+    if durability is not None:
+        message.durability = _choice(_DURABILITIES, "retention.durability", durability)
+    if pin is not None:
+        message.pin = _choice(_PINS, "retention.pin", pin)
     return message
+
+
+def _says_anything(lease_seconds: float | None, sliding: bool, durability: Durability | None, pin: Pin | None) -> bool:
+    return lease_seconds is not None or sliding or durability is not None or pin is not None
 
 
 def attention_options(attention: Attention) -> session_service_pb2.AttentionOptions:
@@ -125,9 +157,13 @@ def prefill_request(
     attention: Attention | None = None,
     lease_seconds: float | None = None,
     sliding: bool = False,
+    durability: Durability | None = None,
+    pin: Pin | None = None,
+    prefix_reuse: bool | None = None,
     on_interrupt: InterruptPolicy = "keep",
     num_top_logits: int | None = None,
     labels: Mapping[str, str] | None = None,
+    inline_kv: InlineKv | bool | None = None,
 ) -> prefill_service_pb2.PrefillRequest:
     """A prefill request; a request id is made up where there is none."""
     request = prefill_service_pb2.PrefillRequest(
@@ -141,11 +177,30 @@ def prefill_request(
         request.expected_prefix_tokens = _count("expected_prefix_tokens", expected_prefix_tokens)
     if attention is not None:
         request.attention.CopyFrom(attention_options(attention))
-    if lease_seconds is not None or sliding:
-        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        request.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
+    if prefix_reuse is not None:
+        request.prefix_reuse = (
+            prefill_service_pb2.PREFIX_REUSE_ON if prefix_reuse else prefill_service_pb2.PREFIX_REUSE_OFF
+        )
     if num_top_logits is not None:
         request.num_top_logits = _count("num_top_logits", num_top_logits)
+    if inline_kv:
+        request.inline_kv.CopyFrom(inline_kv_message(InlineKv() if inline_kv is True else inline_kv))
     return request
+
+
+def inline_kv_message(inline: InlineKv) -> prefill_service_pb2.InlineKv:
+    """What a prefill says about KV that is to come with it."""
+    message = prefill_service_pb2.InlineKv(
+        layout=_choice(_LAYOUTS, "layout", inline.layout),
+        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes),
+        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline.checksum),
+    )
+    if inline.expected_spec is not None:
+        message.expected_spec.CopyFrom(replace(inline.expected_spec, layout=None).to_proto())
+    _put_range(message.range, inline.token_range, inline.layer_range)
+    return message
 
 
 def decode_request(
@@ -180,13 +235,25 @@ def decode_request(
 
 
 def update_request(
-    session_id: str, *, lease_seconds: float | None, sliding: bool | None, labels: Mapping[str, str] | None
+    session_id: str,
+    *,
+    lease_seconds: float | None,
+    sliding: bool | None,
+    durability: Durability | None,
+    pin: Pin | None,
+    labels: Mapping[str, str] | None,
 ) -> session_service_pb2.UpdateSessionRequest:
     """A request that changes what is not None; `labels` replaces them all."""
     session = session_service_pb2.Session(session_id=session_id, labels=labels)
-    session.retention.CopyFrom(retention(lease_seconds, sliding))
+    session.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     request = session_service_pb2.UpdateSessionRequest(session=session)
-    given = {"retention.lease_duration": lease_seconds, "retention.sliding": sliding, "labels": labels}
+    given = {
+        "retention.lease_duration": lease_seconds,
+        "retention.sliding": sliding,
+        "retention.durability": durability,
+        "retention.pin": pin,
+        "labels": labels,
+    }
     request.update_mask.paths.extend(path for path, value in given.items() if value is not None)
     return request
 
@@ -202,14 +269,21 @@ def renew_request(session_ids: Sequence[str], lease_seconds: float | None) -> se
 
 
 def fork_request(
-    session_id: str, *, new_session_id: str | None, num_tokens: int, lease_seconds: float | None, sliding: bool
+    session_id: str,
+    *,
+    new_session_id: str | None,
+    num_tokens: int,
+    lease_seconds: float | None,
+    sliding: bool,
+    durability: Durability | None,
+    pin: Pin | None,
 ) -> session_service_pb2.ForkSessionRequest:
     """A request that makes a child session."""
     request = session_service_pb2.ForkSessionRequest(
         session_id=session_id, new_session_id=new_session_id or "", num_tokens=_count("num_tokens", num_tokens)
     )
-    if lease_seconds is not None or sliding:
-        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        request.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     return request
 
 
@@ -280,6 +354,8 @@ def push_request(
     attention: Attention | None,
     lease_seconds: float | None,
     sliding: bool,
+    durability: Durability | None,
+    pin: Pin | None,
     labels: Mapping[str, str] | None,
 ) -> kv_transfer_service_pb2.OpenPushRequest:
     """A request to import KV; a request id is made up where there is none."""
@@ -288,6 +364,6 @@ def push_request(
     )
     if attention is not None:
         header.attention.CopyFrom(attention_options(attention))
-    if lease_seconds is not None or sliding:
-        header.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        header.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     return kv_transfer_service_pb2.OpenPushRequest(request_id=request_id or new_request_id(), header=header)

@@ -6,10 +6,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from .results import KvSpec
 
 AttentionMode = Literal["default", "sale", "dense"]
 InterruptPolicy = Literal["keep", "free"]
+Durability = Literal["none", "async", "local", "shared"]
+Pin = Literal["none", "soft", "hard"]
 Layout = Literal["THD", "HTD"]
 Checksum = Literal["crc32c", "xxh3_64", "none"]
 SegmentTransport = Literal["shm", "cuda_ipc"]
@@ -142,6 +147,26 @@ class RetryPolicy:
         return bound * (0.5 + 0.5 * self.jitter())
 
 
+@dataclass(frozen=True, slots=True)
+class InlineKv:
+    """KV that comes with a prefill, each layer's while later ones are computed.
+
+    Args:
+        token_range, layer_range: part of the session, half-open; an end of None is the session's, None is everything.
+        layout: axis order, `"THD"` (the fastest) or `"HTD"` (as transformers has it).
+        chunk_bytes: bytes of a message, about.
+        checksum: digest of each chunk.
+        expected_spec: format that the KV must have, else KvSpecMismatchError before anything is computed.
+    """
+
+    token_range: Range | None = None
+    layer_range: Range | None = None
+    layout: Layout = "THD"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    checksum: Checksum = "crc32c"
+    expected_spec: KvSpec | None = None
+
+
 class PrefillOptions(TypedDict, total=False):
     """Keyword options of a prefill.
 
@@ -154,9 +179,17 @@ class PrefillOptions(TypedDict, total=False):
         attention: attention method; fixed by the request that creates the session.
         lease_seconds: how long the KV is kept after each request; 0 frees it at once, None takes the server's default.
         sliding: later requests extend the lease from their end.
+        durability: what the session is to survive: `"none"`, nothing beyond the server's process; `"async"`, its end,
+            once the tiers were written in the background; `"local"`, on the server's disk before the result comes;
+            `"shared"`, in the store that other servers see before the result comes. None takes the server's default.
+        pin: how the KV stands when memory runs out: `"none"`, least recently used goes first; `"soft"`, after
+            everything that is not pinned; `"hard"`, it stays, and counts against the tenant's quota. None is `"none"`.
+        prefix_reuse: whether a new session takes KV that the caller's other sessions hold for the tokens it begins
+            with; False computes every token. None is True where the server reuses at all.
         on_interrupt: whether a half-done session is kept (default) or freed when this call is cancelled or lost.
         num_top_logits: logits of the last position to return; None for the server's default of 20.
         labels: set on a session that this request creates.
+        inline_kv: send the KV as well; True is all of it. The result has it, events tell of every part that comes.
     """
 
     session_id: str | None
@@ -165,9 +198,13 @@ class PrefillOptions(TypedDict, total=False):
     attention: Attention | None
     lease_seconds: float | None
     sliding: bool
+    durability: Durability | None
+    pin: Pin | None
+    prefix_reuse: bool | None
     on_interrupt: InterruptPolicy
     num_top_logits: int | None
     labels: Mapping[str, str] | None
+    inline_kv: InlineKv | bool | None
 
 
 class DecodeOptions(TypedDict, total=False):

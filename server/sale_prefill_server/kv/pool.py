@@ -375,9 +375,10 @@ class SessionKv:
         if end > len(self._pages) * PAGE_TOKENS:
             reserved = len(self._pages) * PAGE_TOKENS
             raise ValueError(f"layer {layer}: {end} tokens do not fit the {reserved} reserved; call reserve")
-        if self._runs[:2] != (start, end):  # every layer of a step asks the same
-            self._runs = (start, end, self._runs_of(start, end))
-        return self._runs[2]
+        found = self._runs
+        if found[:2] != (start, end):  # every layer of a step asks the same
+            found = self._runs = (start, end, self._runs_of(start, end))
+        return found[2]  # its own: chunks of a push are written by several threads
 
     def _runs_of(self, start: int, end: int) -> list[_Run]:
         pages, runs = self._pages, list[_Run]()
