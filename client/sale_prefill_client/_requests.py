@@ -297,6 +297,7 @@ def pull_request(
     checksum: Checksum,
     generation: int,
     expected_spec: KvSpec | None = None,
+    transfer_id: str = "",
 ) -> kv_transfer_service_pb2.PullKvRequest:
     """A request for KV bytes, from its first chunk."""
     request = kv_transfer_service_pb2.PullKvRequest(
@@ -305,6 +306,7 @@ def pull_request(
         chunk_bytes=_count("chunk_bytes", chunk_bytes),
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
         generation=_count("generation", generation, _UINT64_LIMIT),
+        transfer_id=transfer_id,
         include_token_ids=True,
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes

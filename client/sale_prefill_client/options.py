@@ -23,6 +23,8 @@ Range = tuple[int, int | None]
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_MAX_MESSAGE_BYTES = 8 << 20
 DEFAULT_CHUNK_BYTES = 1 << 20
+#: Where chunks go through a segment: announcing one costs both sides together as much as some MiB of copy.
+SEGMENT_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
