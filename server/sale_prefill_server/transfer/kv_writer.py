@@ -162,9 +162,7 @@ class KvWriter:
             self._check_digest(frame, CHECKSUMS[self._checksum]([host_bytes(data)]))
         return self._tokens_first(data, chunk.num_tokens)
 
-    def _from_segment(
-        self, frame: ChunkFrame, chunk: PlannedChunk, segment: SegmentPlacement
-    ) -> torch.Tensor | None:
+    def _from_segment(self, frame: ChunkFrame, chunk: PlannedChunk, segment: SegmentPlacement) -> torch.Tensor | None:
         """Takes the chunk to host memory of our own and digests it there, since the peer can still write the segment.
 
         Returns:
