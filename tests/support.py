@@ -114,6 +114,7 @@ class RunningServer:
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
         return float(value)
+
     @staticmethod
     def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         """Returns as soon as `condition` holds."""

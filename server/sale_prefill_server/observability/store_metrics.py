@@ -45,12 +45,8 @@ class StoreMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.damaged = counter(
-            "damaged_objects", "Objects put aside, as they differed from their checksum.", "tier"
-        )
-        self.evicted = counter(
-            "evicted_blocks", "Blocks that made room; did sessions need them?", "tier", "needed"
-        )
+        self.damaged = counter("damaged_objects", "Objects put aside, as they differed from their checksum.", "tier")
+        self.evicted = counter("evicted_blocks", "Blocks that made room; did sessions need them?", "tier", "needed")
         self.failures = counter("write_failures", "Writes that did not reach a tier.", "tier")
         self.up = Gauge(
             "sale_prefill_store_up", "0 while a tier is out of use.", ("tier", "operation"), registry=registry

@@ -88,9 +88,7 @@ class Admission:
         """
         return self._admit(command, "decode")
 
-    def open_import(
-        self, tenant: str, token_ids: Sequence[int], attention: AttentionSettings | None
-    ) -> EngineSequence:
+    def open_import(self, tenant: str, token_ids: Sequence[int], attention: AttentionSettings | None) -> EngineSequence:
         """An empty sequence with room for the KV of `token_ids`, which comes from elsewhere; the caller owns it.
 
         Args:
