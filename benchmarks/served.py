@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.texts import Fact, reference_with_facts
 from sale_prefill_client import Client, PrefillStats
@@ -21,12 +25,73 @@ _LOG_CHARACTERS = 3000
 _LENGTH_TRIES = 6
 
 
+class ServerProcess:
+    """A `sale-prefill serve` process on free ports, which is ready.
+
+    Attributes:
+        target: its gRPC target.
+        metrics_url: its metrics page.
+        ready_seconds: from the start of the process to its line that it is ready.
+
+    Raises:
+        SystemExit: it did not start; with what it said.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        executable = str(Path(sys.executable).parent / "sale-prefill")
+        command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *arguments]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
+        started = time.perf_counter()
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        assert self._process.stdout is not None
+        ready = self._process.stdout.readline()
+        self.ready_seconds = time.perf_counter() - started
+        if not ready:
+            status = self._process.wait(_STOP_SECONDS)
+            said = self.said()
+            self._close()
+            raise SystemExit(f"{' '.join(command)} ended with status {status}:\n{said}")
+        self.target, self.metrics_url = ready.split()[3], ready.split()[5]
+
+    @property
+    def process_id(self) -> int:
+        """Of the server."""
+        return self._process.pid
+
+    def said(self) -> str:
+        """The end of what it wrote to standard error."""
+        self._log.seek(0)
+        return self._log.read()[-_LOG_CHARACTERS:]
+
+    def stop(self) -> None:
+        """Ends it as an operator does, and waits."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends it as a crash does: nothing is written any more."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        if not self._log.closed:
+            self._process.send_signal(number)
+            try:
+                self._process.wait(_STOP_SECONDS)
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A server process that is ready, and a client of it."""
 
     client: Client
     process_id: int
+    metrics_url: str = ""
 
     def memory_bytes(self, field: str) -> int:
         """`VmRSS` (resident now) or `VmHWM` (its peak) of the process. Linux only."""
@@ -38,6 +103,17 @@ class ServedModel:
     def forget_peak(self) -> None:
         """Let `VmHWM` start again from what is resident now."""
         Path(f"/proc/{self.process_id}/clear_refs").write_text("5")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the series of the metrics page that have these labels, now; 0 where there are none."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        return sum(
+            float(sample.value)
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -75,22 +151,12 @@ def serving(*arguments: str) -> Iterator[ServedModel]:
     Raises:
         SystemExit: it did not start; with what it said.
     """
-    executable = str(Path(sys.executable).parent / "sale-prefill")
-    command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *arguments]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdout is not None
-            ready = process.stdout.readline()
-            if not ready:
-                log.seek(0)
-                said = log.read()[-_LOG_CHARACTERS:]
-                raise SystemExit(f"{' '.join(command)} ended with status {process.wait(_STOP_SECONDS)}:\n{said}")
-            with Client(ready.split()[3]) as client:
-                yield ServedModel(client, process.pid)
-        finally:
-            process.terminate()
-            process.wait(_STOP_SECONDS)
+    process = ServerProcess(*arguments)
+    try:
+        with Client(process.target) as client:
+            yield ServedModel(client, process.process_id, process.metrics_url)
+    finally:
+        process.stop()
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from .results import (
     Session,
     TokenLogit,
 )
+from .segments import SegmentFallbackWarning
 from .tokenizer import Tokenizer
 from .tokens import parse_token_ids, token_digest
 
@@ -84,6 +85,7 @@ __all__ = [
     "RetryPolicy",
     "SalePrefillError",
     "Sampling",
+    "SegmentFallbackWarning",
     "ServerInfo",
     "Session",
     "TextStream",

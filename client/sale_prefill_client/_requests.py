@@ -18,7 +18,7 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
-from .options import Attention, Checksum, InterruptPolicy, Layout, Range, Sampling
+from .options import Attention, Checksum, Durability, InterruptPolicy, Layout, Pin, Range, Sampling, SegmentTransport
 from .results import KvSpec
 from .tokens import TokenIds, token_array
 
@@ -31,7 +31,22 @@ _ATTENTION_MODES = {
     "sale": session_service_pb2.ATTENTION_MODE_SALE,
     "dense": session_service_pb2.ATTENTION_MODE_DENSE,
 }
+_DURABILITIES = {
+    "none": session_service_pb2.DURABILITY_NONE,
+    "async": session_service_pb2.DURABILITY_ASYNC,
+    "local": session_service_pb2.DURABILITY_LOCAL,
+    "shared": session_service_pb2.DURABILITY_SHARED,
+}
+_PINS = {
+    "none": session_service_pb2.PIN_NONE,
+    "soft": session_service_pb2.PIN_SOFT,
+    "hard": session_service_pb2.PIN_HARD,
+}
 _LAYOUTS = {"HTD": kv_pb2.KV_LAYOUT_HTD, "THD": kv_pb2.KV_LAYOUT_THD}
+_TRANSPORTS = {
+    "shm": kv_transfer_service_pb2.TRANSPORT_SHM,
+    "cuda_ipc": kv_transfer_service_pb2.TRANSPORT_CUDA_IPC,
+}
 _UINT32_LIMIT = 1 << 32
 _UINT64_LIMIT = 1 << 64
 _MAX_DURATION_SECONDS = 315_576_000_000
@@ -74,14 +89,24 @@ def duration(field: str, seconds: float) -> Duration:
     return message
 
 
-def retention(lease_seconds: float | None, sliding: bool | None) -> session_service_pb2.RetentionPolicy:
+def retention(
+    lease_seconds: float | None, sliding: bool | None, durability: Durability | None = None, pin: Pin | None = None
+) -> session_service_pb2.RetentionPolicy:
     """A retention policy; what is None stays unset."""
     message = session_service_pb2.RetentionPolicy()
     if lease_seconds is not None:
         message.lease_duration.CopyFrom(duration("retention.lease_duration", lease_seconds))
     if sliding is not None:
         message.sliding = sliding
+    if durability is not None:
+        message.durability = _choice(_DURABILITIES, "retention.durability", durability)
+    if pin is not None:
+        message.pin = _choice(_PINS, "retention.pin", pin)
     return message
+
+
+def _says_anything(lease_seconds: float | None, sliding: bool, durability: Durability | None, pin: Pin | None) -> bool:
+    return lease_seconds is not None or sliding or durability is not None or pin is not None
 
 
 def attention_options(attention: Attention) -> session_service_pb2.AttentionOptions:
@@ -121,6 +146,9 @@ def prefill_request(
     attention: Attention | None = None,
     lease_seconds: float | None = None,
     sliding: bool = False,
+    durability: Durability | None = None,
+    pin: Pin | None = None,
+    prefix_reuse: bool | None = None,
     on_interrupt: InterruptPolicy = "keep",
     num_top_logits: int | None = None,
     labels: Mapping[str, str] | None = None,
@@ -137,8 +165,12 @@ def prefill_request(
         request.expected_prefix_tokens = _count("expected_prefix_tokens", expected_prefix_tokens)
     if attention is not None:
         request.attention.CopyFrom(attention_options(attention))
-    if lease_seconds is not None or sliding:
-        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        request.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
+    if prefix_reuse is not None:
+        request.prefix_reuse = (
+            prefill_service_pb2.PREFIX_REUSE_ON if prefix_reuse else prefill_service_pb2.PREFIX_REUSE_OFF
+        )
     if num_top_logits is not None:
         request.num_top_logits = _count("num_top_logits", num_top_logits)
     return request
@@ -176,13 +208,25 @@ def decode_request(
 
 
 def update_request(
-    session_id: str, *, lease_seconds: float | None, sliding: bool | None, labels: Mapping[str, str] | None
+    session_id: str,
+    *,
+    lease_seconds: float | None,
+    sliding: bool | None,
+    durability: Durability | None,
+    pin: Pin | None,
+    labels: Mapping[str, str] | None,
 ) -> session_service_pb2.UpdateSessionRequest:
     """A request that changes what is not None; `labels` replaces them all."""
     session = session_service_pb2.Session(session_id=session_id, labels=labels)
-    session.retention.CopyFrom(retention(lease_seconds, sliding))
+    session.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     request = session_service_pb2.UpdateSessionRequest(session=session)
-    given = {"retention.lease_duration": lease_seconds, "retention.sliding": sliding, "labels": labels}
+    given = {
+        "retention.lease_duration": lease_seconds,
+        "retention.sliding": sliding,
+        "retention.durability": durability,
+        "retention.pin": pin,
+        "labels": labels,
+    }
     request.update_mask.paths.extend(path for path, value in given.items() if value is not None)
     return request
 
@@ -198,14 +242,21 @@ def renew_request(session_ids: Sequence[str], lease_seconds: float | None) -> se
 
 
 def fork_request(
-    session_id: str, *, new_session_id: str | None, num_tokens: int, lease_seconds: float | None, sliding: bool
+    session_id: str,
+    *,
+    new_session_id: str | None,
+    num_tokens: int,
+    lease_seconds: float | None,
+    sliding: bool,
+    durability: Durability | None,
+    pin: Pin | None,
 ) -> session_service_pb2.ForkSessionRequest:
     """A request that makes a child session."""
     request = session_service_pb2.ForkSessionRequest(
         session_id=session_id, new_session_id=new_session_id or "", num_tokens=_count("num_tokens", num_tokens)
     )
-    if lease_seconds is not None or sliding:
-        request.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        request.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     return request
 
 
@@ -231,15 +282,40 @@ def pull_request(
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes
         request.expected_spec.CopyFrom(replace(expected_spec, layout=None).to_proto())
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def open_transfer_request(
+    *,
+    session_id: str,
+    token_range: Range | None,
+    layer_range: Range | None,
+    size_bytes: int,
+    transports: Sequence[SegmentTransport],
+) -> kv_transfer_service_pb2.OpenTransferRequest:
+    """A request for a segment; gRPC messages are its last choice, so that a server without segments can answer."""
+    if isinstance(transports, str):
+        raise _refuse("transports", transports, "a list of transports; put the one in a list")
+    request = kv_transfer_service_pb2.OpenTransferRequest(
+        session_id=session_id,
+        transports=[_choice(_TRANSPORTS, "transports", transport) for transport in transports],
+        size_bytes=_count("size_bytes", size_bytes, _UINT64_LIMIT),
+    )
+    request.transports.append(kv_transfer_service_pb2.TRANSPORT_GRPC)
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def _put_range(message: kv_pb2.KvRange, token_range: Range | None, layer_range: Range | None) -> None:
     for name, part in (("token", token_range), ("layer", layer_range)):
         if part is None:
             continue
         start, end = part
         if not 0 <= start < (_UINT32_LIMIT if end is None else end) <= _UINT32_LIMIT:
             raise _refuse(f"range.{name}_start", part, "a pair (first, one past the last or None) that is not empty")
-        setattr(request.range, f"{name}_start", start)
-        setattr(request.range, f"{name}_end", end or 0)
-    return request
+        setattr(message, f"{name}_start", start)
+        setattr(message, f"{name}_end", end or 0)
 
 
 def push_request(
@@ -251,6 +327,8 @@ def push_request(
     attention: Attention | None,
     lease_seconds: float | None,
     sliding: bool,
+    durability: Durability | None,
+    pin: Pin | None,
     labels: Mapping[str, str] | None,
 ) -> kv_transfer_service_pb2.OpenPushRequest:
     """A request to import KV; a request id is made up where there is none."""
@@ -259,6 +337,6 @@ def push_request(
     )
     if attention is not None:
         header.attention.CopyFrom(attention_options(attention))
-    if lease_seconds is not None or sliding:
-        header.retention.CopyFrom(retention(lease_seconds, sliding))
+    if _says_anything(lease_seconds, sliding, durability, pin):
+        header.retention.CopyFrom(retention(lease_seconds, sliding, durability, pin))
     return kv_transfer_service_pb2.OpenPushRequest(request_id=request_id or new_request_id(), header=header)

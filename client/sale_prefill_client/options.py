@@ -10,8 +10,11 @@ from typing import Literal, TypedDict
 
 AttentionMode = Literal["default", "sale", "dense"]
 InterruptPolicy = Literal["keep", "free"]
+Durability = Literal["none", "async", "local", "shared"]
+Pin = Literal["none", "soft", "hard"]
 Layout = Literal["THD", "HTD"]
 Checksum = Literal["crc32c", "xxh3_64", "none"]
+SegmentTransport = Literal["shm", "cuda_ipc"]
 Range = tuple[int, int | None]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -153,6 +156,13 @@ class PrefillOptions(TypedDict, total=False):
         attention: attention method; fixed by the request that creates the session.
         lease_seconds: how long the KV is kept after each request; 0 frees it at once, None takes the server's default.
         sliding: later requests extend the lease from their end.
+        durability: what the session is to survive: `"none"`, nothing beyond the server's process; `"async"`, its end,
+            once the tiers were written in the background; `"local"`, on the server's disk before the result comes;
+            `"shared"`, in the store that other servers see before the result comes. None takes the server's default.
+        pin: how the KV stands when memory runs out: `"none"`, least recently used goes first; `"soft"`, after
+            everything that is not pinned; `"hard"`, it stays, and counts against the tenant's quota. None is `"none"`.
+        prefix_reuse: whether a new session takes KV that the caller's other sessions hold for the tokens it begins
+            with; False computes every token. None is True where the server reuses at all.
         on_interrupt: whether a half-done session is kept (default) or freed when this call is cancelled or lost.
         num_top_logits: logits of the last position to return; None for the server's default of 20.
         labels: set on a session that this request creates.
@@ -164,6 +174,9 @@ class PrefillOptions(TypedDict, total=False):
     attention: Attention | None
     lease_seconds: float | None
     sliding: bool
+    durability: Durability | None
+    pin: Pin | None
+    prefix_reuse: bool | None
     on_interrupt: InterruptPolicy
     num_top_logits: int | None
     labels: Mapping[str, str] | None

@@ -19,10 +19,11 @@ from sale_prefill.v1 import (
     session_service_pb2,
 )
 
-from .options import Attention, AttentionMode, Layout
+from .options import Attention, AttentionMode, Durability, Layout, Pin
 
 ElementType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
-SessionState = Literal["unspecified", "busy", "partial", "ready"]
+SessionState = Literal["unspecified", "busy", "partial", "ready", "offloaded"]
+Tier = Literal["device", "host", "disk", "shared"]
 FinishReason = Literal["unspecified", "stop", "length", "context"]
 DenseReason = Literal["unspecified", "requested", "short", "head", "unsupported"]
 
@@ -47,6 +48,24 @@ _SESSION_STATES: dict[int, SessionState] = {
     session_service_pb2.SESSION_STATE_BUSY: "busy",
     session_service_pb2.SESSION_STATE_PARTIAL: "partial",
     session_service_pb2.SESSION_STATE_READY: "ready",
+    session_service_pb2.SESSION_STATE_OFFLOADED: "offloaded",
+}
+_TIERS: dict[int, Tier] = {
+    session_service_pb2.KV_TIER_DEVICE: "device",
+    session_service_pb2.KV_TIER_HOST: "host",
+    session_service_pb2.KV_TIER_DISK: "disk",
+    session_service_pb2.KV_TIER_SHARED: "shared",
+}
+_DURABILITIES: dict[int, Durability] = {
+    session_service_pb2.DURABILITY_NONE: "none",
+    session_service_pb2.DURABILITY_ASYNC: "async",
+    session_service_pb2.DURABILITY_LOCAL: "local",
+    session_service_pb2.DURABILITY_SHARED: "shared",
+}
+_PINS: dict[int, Pin] = {
+    session_service_pb2.PIN_NONE: "none",
+    session_service_pb2.PIN_SOFT: "soft",
+    session_service_pb2.PIN_HARD: "hard",
 }
 _ATTENTION_MODES: dict[int, AttentionMode] = {
     session_service_pb2.ATTENTION_MODE_SALE: "sale",
@@ -135,7 +154,8 @@ class Session:
     Args:
         session_id: opaque id.
         server_id: server that holds it.
-        state: `"busy"` while a request adds tokens, `"partial"` after an interrupted prefill, else `"ready"`.
+        state: `"busy"` while a request adds tokens, `"partial"` after an interrupted prefill, `"offloaded"` where the
+            KV left the device and the next request brings it back, else `"ready"`.
         num_tokens: tokens held.
         kv_spec: native format of the KV; None where the server left it out.
         size_bytes: bytes that the KV takes on the device.
@@ -148,6 +168,10 @@ class Session:
         sliding: requests after the first extend the lease.
         attention: attention settings, fixed at creation.
         labels: the caller's labels.
+        tier: fastest tier that holds the whole KV; None where the server left it out.
+        durability: what the session survives already, all its tokens; None where the server left it out.
+        wanted_durability: what it is to survive, by its policy; None where the server left it out.
+        pin: how it stands when memory runs out; None where the server left it out.
     """
 
     session_id: str
@@ -165,6 +189,10 @@ class Session:
     sliding: bool
     attention: Attention
     labels: dict[str, str]
+    tier: Tier | None = None
+    durability: Durability | None = None
+    wanted_durability: Durability | None = None
+    pin: Pin | None = None
 
     @classmethod
     def from_proto(cls, message: session_service_pb2.Session) -> Session:
@@ -190,6 +218,10 @@ class Session:
             sliding=retention.sliding,
             attention=attention_from_proto(message.attention),
             labels=dict(message.labels),
+            tier=_TIERS.get(message.tier),
+            durability=_DURABILITIES.get(message.durability),
+            wanted_durability=_DURABILITIES.get(retention.durability),
+            pin=_PINS.get(retention.pin),
         )
 
 
@@ -346,6 +378,8 @@ class PrefillStats:
         profile: what heads got from the calibrated profile; None where the session has a threshold of its own, or is
             dense.
         guard: what the live guard found; None where it did not look.
+        prefix_tokens: of cached_tokens, those that came from the caller's other sessions.
+        restored_tokens: of cached_tokens, those that were read back from a slower tier.
     """
 
     queue_seconds: float
@@ -363,6 +397,8 @@ class PrefillStats:
     attention_backend: str
     profile: ProfileStats | None
     guard: GuardStats | None
+    prefix_tokens: int = 0
+    restored_tokens: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -399,6 +435,8 @@ class PrefillStats:
             attention_backend=message.attention_backend,
             profile=ProfileStats.from_proto(message.profile) if message.HasField("profile") else None,
             guard=GuardStats.from_proto(message.guard) if message.HasField("guard") else None,
+            prefix_tokens=message.prefix_tokens,
+            restored_tokens=message.restored_tokens,
         )
 
 

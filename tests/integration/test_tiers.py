@@ -10,6 +10,7 @@ import pytest
 
 from sale_prefill.v1 import prefill_service_pb2 as prefill_pb
 from sale_prefill.v1 import session_service_pb2 as pb
+from sale_prefill_client import Client
 from sale_prefill_client.tokens import token_digest
 from tests.support import call_error, running_server, tokens_of
 
@@ -164,6 +165,11 @@ def test_a_promise_that_the_server_cannot_make_is_refused(tiny_model: Path) -> N
 def test_an_offloaded_session_can_be_pulled_and_forked(settings: dict[str, object]) -> None:
     with running_server(**settings) as server:
         server.prefill_tokens(tokens_of(500), session_id="kept", retention=keep(pb.DURABILITY_LOCAL))
+        with Client(server.target) as client:
+            before = client.pull_kv("kept")
+    with running_server(**settings) as server, Client(server.target) as client:
+        after = client.pull_kv("kept")
+        assert after.buffer.tobytes() == before.buffer.tobytes()
     with running_server(**settings) as server:
         server.sessions.ForkSession(pb.ForkSessionRequest(session_id="kept", new_session_id="fork"))
         assert server.session("fork").num_tokens == 500

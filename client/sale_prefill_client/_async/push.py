@@ -17,7 +17,7 @@ from .._retry import Attempts, Deadline
 from ..errors import ProtocolError, UnavailableError
 from ..kv import KvCache
 from ..kv_chunks import KvChunks, Runs, split_runs
-from ..options import DEFAULT_CHUNK_BYTES, Attention, Checksum
+from ..options import DEFAULT_CHUNK_BYTES, Attention, Checksum, Durability, Pin
 from ..progress import BytesCallback, bytes_reporter
 from ..results import Session
 from ..tokens import TokenIds, token_digest
@@ -40,6 +40,8 @@ class AsyncPushCalls(AsyncConnection):
         attention: Attention | None = None,
         lease_seconds: float | None = None,
         sliding: bool = False,
+        durability: Durability | None = None,
+        pin: Pin | None = None,
         labels: Mapping[str, str] | None = None,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         checksum: Checksum = "crc32c",
@@ -60,6 +62,8 @@ class AsyncPushCalls(AsyncConnection):
             attention: attention of what will be appended; None takes that of `kv`, then the server's default.
             lease_seconds: how long the session is kept after each request; None takes the server's default.
             sliding: later requests extend the lease from their end.
+            durability: what the session is to survive, as in `PrefillOptions`.
+            pin: how it stands when memory runs out, as in `PrefillOptions`.
             labels: set on the session.
             chunk_bytes: bytes of a message, about; below both sides' message limit.
             checksum: digest of each chunk; `"xxh3_64"` needs the package xxhash.
@@ -84,6 +88,8 @@ class AsyncPushCalls(AsyncConnection):
             attention=attention or kv.attention,
             lease_seconds=lease_seconds,
             sliding=sliding,
+            durability=durability,
+            pin=pin,
             labels=labels,
         )
         deadline = Deadline(timeout_seconds)

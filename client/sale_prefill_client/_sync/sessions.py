@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from sale_prefill.v1 import session_service_pb2, session_service_pb2_grpc
 
 from .. import _requests
+from ..options import Durability, Pin
 from ..results import RenewResult, Session
 from .connection import Connection
 
@@ -62,11 +63,15 @@ class SessionCalls(Connection):
         *,
         lease_seconds: float | None = None,
         sliding: bool | None = None,
+        durability: Durability | None = None,
+        pin: Pin | None = None,
         labels: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None,
     ) -> Session:
         """Change the retention policy or the labels; what is None stays as it is, and `labels` replaces all labels."""
-        request = _requests.update_request(session_id, lease_seconds=lease_seconds, sliding=sliding, labels=labels)
+        request = _requests.update_request(
+            session_id, lease_seconds=lease_seconds, sliding=sliding, durability=durability, pin=pin, labels=labels
+        )
         response = self._call(_STUB, "UpdateSession", request, timeout_seconds=timeout_seconds, session_id=session_id)
         return Session.from_proto(response.session)
 
@@ -78,6 +83,8 @@ class SessionCalls(Connection):
         num_tokens: int = 0,
         lease_seconds: float | None = None,
         sliding: bool = False,
+        durability: Durability | None = None,
+        pin: Pin | None = None,
         timeout_seconds: float | None = None,
     ) -> Session:
         """Make a child that shares the parent's first tokens.
@@ -86,12 +93,17 @@ class SessionCalls(Connection):
             session_id: parent.
             new_session_id: child's id; None lets the server choose.
             num_tokens: tokens to share; 0 for all.
-            lease_seconds: child's lease; None for the server's default.
+            lease_seconds: child's lease.
             sliding: requests extend the child's lease.
+            durability: what the child is to survive, as in `PrefillOptions`.
+            pin: how the child stands when memory runs out, as in `PrefillOptions`. Where neither lease, sliding,
+                durability nor pin is given, the child has its parent's policy; else what is left out is the server's
+                default.
             timeout_seconds: None for the client's default.
 
         Raises:
-            NotImplementedByServerError: the server cannot fork.
+            SessionBusyError: a request is changing the parent.
+            InvalidFieldError: the parent is shorter, or the child's id is taken.
         """
         request = _requests.fork_request(
             session_id,
@@ -99,6 +111,8 @@ class SessionCalls(Connection):
             num_tokens=num_tokens,
             lease_seconds=lease_seconds,
             sliding=sliding,
+            durability=durability,
+            pin=pin,
         )
         response = self._call(_STUB, "ForkSession", request, timeout_seconds=timeout_seconds, session_id=session_id)
         return Session.from_proto(response.session)

@@ -91,6 +91,16 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def add_survival_arguments(parser: argparse._ActionsContainer) -> None:
+    """`--durability` and `--pin`: what a session outlives."""
+    parser.add_argument(
+        "--durability",
+        choices=("none", "async", "local", "shared"),
+        help="what the KV survives: nothing, a restart soon, a crash once this returns, the loss of the machine",
+    )
+    parser.add_argument("--pin", choices=("none", "soft", "hard"), help="how the KV stands when memory runs out")
+
+
 def add_progress_argument(parser: argparse.ArgumentParser) -> None:
     """`--progress`."""
     parser.add_argument(

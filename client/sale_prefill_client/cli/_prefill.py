@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..options import Attention
-from ..results import PrefillResult
+from ..results import PrefillResult, PrefillStats
 from . import _exit
 from ._arguments import (
     Command,
     add_connection_arguments,
     add_progress_argument,
+    add_survival_arguments,
     connect,
     duration,
     label,
@@ -40,6 +41,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     group.add_argument("--expect-prefix", metavar="N", type=int, help="tokens that the session must hold already")
     group.add_argument("--lease", metavar="DURATION", type=duration, help="how long to keep the KV, such as 10m")
     group.add_argument("--sliding", action="store_true", help="later requests extend the lease")
+    add_survival_arguments(group)
+    group.add_argument("--no-prefix-reuse", action="store_true", help="compute every token, whatever KV is there")
     group.add_argument("--label", metavar="KEY=VALUE", type=label, action="append", help="label of a new session")
     group.add_argument("--on-interrupt", choices=("keep", "free"), default="keep", help="half-done work when cancelled")
     group = parser.add_argument_group("attention")
@@ -89,6 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
             attention=_attention(arguments),
             lease_seconds=arguments.lease,
             sliding=arguments.sliding,
+            durability=arguments.durability,
+            pin=arguments.pin,
+            prefix_reuse=False if arguments.no_prefix_reuse else None,
             on_interrupt=arguments.on_interrupt,
             num_top_logits=arguments.top,
             labels=dict(arguments.label or ()),
@@ -104,11 +110,17 @@ def run(arguments: argparse.Namespace) -> int:
     return _exit.OK
 
 
+def _cached(stats: PrefillStats) -> str:
+    sources = (("from other sessions", stats.prefix_tokens), ("from a slower tier", stats.restored_tokens))
+    parts = [f"{count} {source}" for source, count in sources if count]
+    return f"{stats.cached_tokens} cached" + (f", of them {' and '.join(parts)}" if parts else "")
+
+
 def _report(result: PrefillResult, *, with_layers: bool) -> None:
     session, stats = result.session, result.stats
     facts = [
         ("session", session.session_id),
-        ("tokens", f"{session.num_tokens} ({stats.computed_tokens} computed, {stats.cached_tokens} cached)"),
+        ("tokens", f"{session.num_tokens} ({stats.computed_tokens} computed, {_cached(stats)})"),
         ("speed", f"{stats.tokens_per_second:.0f} tokens/s"),
         ("queue", seconds(stats.queue_seconds)),
         ("estimation", seconds(stats.estimation_seconds)),

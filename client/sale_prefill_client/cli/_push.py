@@ -13,6 +13,7 @@ from ._arguments import (
     Command,
     add_connection_arguments,
     add_progress_argument,
+    add_survival_arguments,
     connect,
     duration,
     label,
@@ -36,6 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--session", metavar="ID", help="id of the new session; the server chooses one if left out")
     parser.add_argument("--lease", metavar="DURATION", type=duration, help="how long the session is kept")
     parser.add_argument("--sliding", action="store_true", help="later requests extend the lease")
+    add_survival_arguments(parser)
     parser.add_argument("--label", metavar="KEY=VALUE", type=label, action="append", help="label of the session")
     parser.add_argument("--chunk-bytes", metavar="N", type=int, default=1 << 20, help="bytes of a message, about")
     parser.add_argument("--checksum", choices=("crc32c", "xxh3_64", "none"), default="crc32c", help="of each chunk")
@@ -57,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
             session_id=arguments.session,
             lease_seconds=arguments.lease,
             sliding=arguments.sliding,
+            durability=arguments.durability,
+            pin=arguments.pin,
             labels=dict(arguments.label or ()),
             chunk_bytes=arguments.chunk_bytes,
             checksum=arguments.checksum,

@@ -13,10 +13,11 @@ from sale_prefill.v1 import session_service_pb2_grpc
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.rpc.convert import Converter, identifier, labels_of, required_identifier, seconds_of
 from sale_prefill_server.rpc.interceptor import current_caller
+from sale_prefill_server.rpc.residency import brought_back
 from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
-from sale_prefill_server.sessions.session import Session, SessionState
+from sale_prefill_server.sessions.session import SessionState
 from sale_prefill_server.store.base import StoreError
 
 _DEFAULT_PAGE = 100
@@ -161,15 +162,3 @@ async def _forgotten(session_id: str, done: Future[None]) -> None:
             "tier works again, and comes back if this server dies before",
             metadata={"session_id": session_id},
         ) from error
-
-
-async def brought_back(admission: Admission, session: Session) -> None:
-    """Waits until the device has the KV of an idle session.
-
-    Raises:
-        PrefillError: it is busy, or there is no room.
-    """
-    job = admission.bring_back(session)
-    if job is not None:
-        async for _ in job.follow(1.0):
-            pass

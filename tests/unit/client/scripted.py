@@ -175,6 +175,10 @@ class SyncCalls:
         with Client(self._target, **self._options) as client:
             return client.get_session(*args, **kwargs)
 
+    def fork_session(self, *args: Any, **kwargs: Any) -> Session:
+        with Client(self._target, **self._options) as client:
+            return client.fork_session(*args, **kwargs)
+
     def delete_session(self, *args: Any, **kwargs: Any) -> int:
         with Client(self._target, **self._options) as client:
             return client.delete_session(*args, **kwargs)
@@ -224,6 +228,9 @@ class AsyncCalls:
 
     def get_session(self, *args: Any, **kwargs: Any) -> Session:
         return cast(Session, self._run("get_session", *args, **kwargs))
+
+    def fork_session(self, *args: Any, **kwargs: Any) -> Session:
+        return cast(Session, self._run("fork_session", *args, **kwargs))
 
     def delete_session(self, *args: Any, **kwargs: Any) -> int:
         return cast(int, self._run("delete_session", *args, **kwargs))

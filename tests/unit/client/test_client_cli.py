@@ -37,7 +37,7 @@ from tests.unit.client.test_client_tokenizer_files import sending
 from tests.unit.client.texts import save_byte_tokenizer
 
 COMMANDS = [["prefill"], ["decode"], ["sessions", "list"], ["sessions", "get"], ["sessions", "renew"]]
-COMMANDS += [["sessions", "delete"], ["pull"], ["push"], ["info"], ["serve"], ["models"]]
+COMMANDS += [["sessions", "fork"], ["sessions", "delete"], ["pull"], ["push"], ["info"], ["serve"], ["models"]]
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,7 @@ class TestHelp:
             ["prefill", "report.txt", "--chat", "--lease", "10m"],
             ["decode", "SESSION", "--prompt", "And in one sentence?", "--chat", "--max-new-tokens", "64"],
             ["sessions", "renew", "SESSION", "--lease", "10m"],
+            ["sessions", "fork", "SESSION"],
             ["pull", "SESSION", "--output", "kv.safetensors", "--layers", "0:4"],
             ["push", "kv.safetensors", "--session", "report", "--lease", "10m"],
             ["info", "--wait", "60s"],
@@ -172,6 +173,32 @@ class TestCommands:
         assert (request.attention.threshold, request.attention.query_stride) == (0.004, 2)
         assert request.num_top_logits == 3
 
+    def test_prefill_says_what_the_session_is_to_survive_and_whether_kv_is_reused(self) -> None:
+        script = prefilling()
+        words = ["prefill", "--prompt", "1", "--tokens"]
+        with scripted_server(Prefill=script) as target:
+            chosen = ["--durability", "local", "--pin", "hard", "--no-prefix-reuse"]
+            assert cli.main([*words, *chosen, "--server", target]) == 0
+            assert cli.main([*words, "--server", target]) == 0
+        told, plain = script.requests
+        assert told.retention.durability == session_service_pb2.DURABILITY_LOCAL
+        assert told.retention.pin == session_service_pb2.PIN_HARD
+        assert told.prefix_reuse == prefill_service_pb2.PREFIX_REUSE_OFF
+        assert not told.retention.HasField("lease_duration")
+        assert not plain.HasField("retention")
+        assert plain.prefix_reuse == prefill_service_pb2.PREFIX_REUSE_UNSPECIFIED
+
+    def test_prefill_says_where_cached_tokens_came_from(self, capsys: pytest.CaptureFixture[str]) -> None:
+        result = prefill_service_pb2.PrefillResult(
+            session={"session_id": "s-1", "num_tokens": 400},
+            stats={"computed_tokens": 16, "cached_tokens": 384, "prefix_tokens": 256, "restored_tokens": 128},
+        )
+        script = Script([lambda _, __: iter(prefill_events(ACCEPTED, result))])
+        with scripted_server(Prefill=script) as target:
+            assert cli.main(["prefill", "--prompt", "1", "--tokens", "--server", target]) == 0
+        shown = capsys.readouterr().out
+        assert "400 (16 computed, 384 cached, of them 256 from other sessions and 128 from a slower tier)" in shown
+
     def test_prefill_prints_a_report_or_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         with scripted_server(Prefill=prefilling()) as target:
             assert cli.main(["prefill", "--prompt", "1", "--tokens", "--layers", "--server", target]) == 0
@@ -233,6 +260,23 @@ class TestCommands:
         with scripted_server(RenewSession=lambda _, __: response) as target:
             assert cli.main(["sessions", "renew", "a", "b", "--lease", "10m", "--server", target]) == 5
         assert "no session b" in capsys.readouterr().err
+
+    def test_fork_sends_its_options_and_shows_the_child(self, capsys: pytest.CaptureFixture[str]) -> None:
+        child = session_service_pb2.Session(session_id="b", num_tokens=7, tier="KV_TIER_DEVICE")
+        child.durability = session_service_pb2.DURABILITY_NONE
+        child.retention.durability = session_service_pb2.DURABILITY_ASYNC
+        script = Script([lambda _, __: session_service_pb2.ForkSessionResponse(session=child)])
+        words = "sessions fork a --as b --tokens 7 --lease 10m --sliding --durability async --pin soft"
+        with scripted_server(ForkSession=script) as target:
+            assert cli.main([*words.split(), "--server", target]) == 0
+        request = script.requests[0]
+        assert (request.session_id, request.new_session_id, request.num_tokens) == ("a", "b", 7)
+        assert (request.retention.lease_duration.seconds, request.retention.sliding) == (600, True)
+        assert request.retention.durability == session_service_pb2.DURABILITY_ASYNC
+        assert request.retention.pin == session_service_pb2.PIN_SOFT
+        shown = capsys.readouterr().out
+        assert "tier          device\n" in shown
+        assert "durability    none of async\n" in shown
 
     def test_delete_says_what_was_freed(self, capsys: pytest.CaptureFixture[str]) -> None:
         response = session_service_pb2.DeleteSessionResponse(freed_bytes=2048)

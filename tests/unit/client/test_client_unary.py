@@ -104,6 +104,27 @@ class TestRequests:
         assert script.requests[0].session.retention.lease_duration.ToMilliseconds() == 1500
         assert list(script.requests[1].update_mask.paths) == ["retention.sliding", "labels"]
 
+    def test_what_a_session_survives_can_change(self) -> None:
+        session = pb.Session(session_id="s-1", state=pb.SESSION_STATE_OFFLOADED, tier=pb.KV_TIER_DISK)
+        session.durability = pb.DURABILITY_LOCAL
+        session.retention.durability, session.retention.pin = pb.DURABILITY_SHARED, pb.PIN_SOFT
+        script = Script([answering(pb.UpdateSessionResponse(session=session))])
+        with scripted_server(UpdateSession=script) as target, Client(target) as client:
+            changed = client.update_session("s-1", durability="shared", pin="soft")
+        assert list(script.requests[0].update_mask.paths) == ["retention.durability", "retention.pin"]
+        assert script.requests[0].session.retention.durability == pb.DURABILITY_SHARED
+        assert (changed.state, changed.tier, changed.durability) == ("offloaded", "disk", "local")
+        assert (changed.wanted_durability, changed.pin) == ("shared", "soft")
+
+    @both_clients
+    def test_a_fork_that_names_no_policy_sends_none(self, calls: Calls) -> None:
+        script = Script([answering(pb.ForkSessionResponse(session=pb.Session(session_id="s-2")))])
+        with scripted_server(ForkSession=script) as target:
+            calls(target).fork_session("s-1", num_tokens=3)
+            calls(target).fork_session("s-1", durability="none")
+        assert not script.requests[0].HasField("retention")
+        assert script.requests[1].retention.durability == pb.DURABILITY_NONE
+
     @pytest.mark.parametrize("lease_seconds", [-1.0, float("nan"), float("inf")])
     def test_a_lease_that_is_no_time_is_refused(self, lease_seconds: float) -> None:
         with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidFieldError, match="number of seconds"):
