@@ -22,7 +22,7 @@ from .detokenizer import IncrementalDecoder
 from .errors import SalePrefillError
 from .extras import MissingExtraError
 from .kv import KvCache
-from .options import Attention, DecodeOptions, Keepalive, PrefillOptions, RetryPolicy, Sampling, TlsOptions
+from .options import Attention, DecodeOptions, InlineKv, Keepalive, PrefillOptions, RetryPolicy, Sampling, TlsOptions
 from .results import (
     DecodedToken,
     DecodeResult,
@@ -31,6 +31,7 @@ from .results import (
     Generation,
     GuardAlert,
     GuardStats,
+    KvArrived,
     KvSpec,
     LayerStats,
     Load,
@@ -66,8 +67,10 @@ __all__ = [
     "GuardAlert",
     "GuardStats",
     "IncrementalDecoder",
+    "InlineKv",
     "InsecureTokenWarning",
     "Keepalive",
+    "KvArrived",
     "KvCache",
     "KvSpec",
     "LayerStats",

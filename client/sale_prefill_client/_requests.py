@@ -18,7 +18,18 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
-from .options import Attention, Checksum, Durability, InterruptPolicy, Layout, Pin, Range, Sampling, SegmentTransport
+from .options import (
+    Attention,
+    Checksum,
+    Durability,
+    InlineKv,
+    InterruptPolicy,
+    Layout,
+    Pin,
+    Range,
+    Sampling,
+    SegmentTransport,
+)
 from .results import KvSpec
 from .tokens import TokenIds, token_array
 
@@ -152,6 +163,7 @@ def prefill_request(
     on_interrupt: InterruptPolicy = "keep",
     num_top_logits: int | None = None,
     labels: Mapping[str, str] | None = None,
+    inline_kv: InlineKv | bool | None = None,
 ) -> prefill_service_pb2.PrefillRequest:
     """A prefill request; a request id is made up where there is none."""
     request = prefill_service_pb2.PrefillRequest(
@@ -173,7 +185,22 @@ def prefill_request(
         )
     if num_top_logits is not None:
         request.num_top_logits = _count("num_top_logits", num_top_logits)
+    if inline_kv:
+        request.inline_kv.CopyFrom(inline_kv_message(InlineKv() if inline_kv is True else inline_kv))
     return request
+
+
+def inline_kv_message(inline: InlineKv) -> prefill_service_pb2.InlineKv:
+    """What a prefill says about KV that is to come with it."""
+    message = prefill_service_pb2.InlineKv(
+        layout=_choice(_LAYOUTS, "layout", inline.layout),
+        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes),
+        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline.checksum),
+    )
+    if inline.expected_spec is not None:
+        message.expected_spec.CopyFrom(replace(inline.expected_spec, layout=None).to_proto())
+    _put_range(message.range, inline.token_range, inline.layer_range)
+    return message
 
 
 def decode_request(
