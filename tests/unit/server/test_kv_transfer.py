@@ -6,9 +6,11 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from sale_prefill_server.transfer.checksums import Checksum
 from sale_prefill_server.transfer.chunks import ChunkPlan, KvRange, Layout
 from sale_prefill_server.transfer.kv_reader import KvReader
 from sale_prefill_server.transfer.kv_writer import KvWriter
-from sale_prefill_server.transfer.placement import NoSegments, SegmentView
 from sale_prefill_server.transfer.read_ahead import read_ahead
+from sale_prefill_server.transfer.segment_memory import SegmentTransport
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 
 SHAPE = KvShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16, device=torch.device("cpu"))
 TOKENS = 300
@@ -31,10 +34,22 @@ TOKENS = 300
 
 @dataclass(frozen=True)
 class Memory:
-    """A segment in this process."""
+    """A segment in this process alone."""
 
-    memory: torch.Tensor
-    transport: str = "memory"
+    bytes: torch.Tensor
+    transport: SegmentTransport = SegmentTransport.SHM
+
+    @property
+    def size_bytes(self) -> int:
+        return self.bytes.numel()
+
+    @contextmanager
+    def memory(self) -> Iterator[torch.Tensor]:
+        yield self.bytes
+
+
+def placed(memory: Memory, plan: ChunkPlan, layout: Layout, checksum: Checksum) -> SegmentPlacement:
+    return SegmentPlacement(cast(Any, memory), SHAPE, plan.range, layout, checksum)
 
 
 def empty_kv(pool: KvPool, num_tokens: int = TOKENS) -> SessionKv:
@@ -100,20 +115,20 @@ def test_what_is_read_is_what_is_written(
     pool: KvPool, kv: SessionKv, layout: Layout, checksum: Checksum, in_segment: bool
 ) -> None:
     plan = ChunkPlan(KvRange(0, TOKENS, 0, 3), SHAPE, 1000)
-    segment = Memory(torch.zeros(plan.total_bytes + 3, dtype=torch.uint8))
-    view = SegmentView(segment, plan.range, SHAPE, layout) if in_segment else None
+    segment = Memory(torch.zeros(plan.total_bytes + 64, dtype=torch.uint8))
+    view = placed(segment, plan, layout, checksum) if in_segment else None
     reader = KvReader(kv, plan, layout, checksum, PUSH_FRAMES, view)
     frames = [PUSH_FRAMES.decode(reader.frame(index)) for index in range(plan.total_chunks)]
     assert all((len(frame.data) == 0) is in_segment for frame in frames)
     if in_segment:
         axes = whole(kv) if layout is Layout.THD else whole(kv).transpose(2, 3)
-        assert torch.equal(segment.memory[: plan.total_bytes], axes.contiguous().view(torch.uint8).flatten())
+        assert torch.equal(segment.bytes[: plan.total_bytes], axes.contiguous().view(torch.uint8).flatten())
     copy = empty_kv(pool)
     writer = KvWriter(copy, TOKENS, layout, checksum, plan.total_chunks)
-    assert writer.take(frames[::2], writer.placed_in(segment) if in_segment else None) > 0
+    assert writer.take(frames[::2], view) > 0
     assert writer.missing() == [(index, index + 1) for index in range(1, plan.total_chunks, 2)]
     assert not writer.complete
-    writer.take(frames[1::2], writer.placed_in(segment) if in_segment else None)
+    writer.take(frames[1::2], view)
     assert writer.complete
     copy.extend_to(TOKENS)
     assert torch.equal(whole(copy), whole(kv))
@@ -122,24 +137,15 @@ def test_what_is_read_is_what_is_written(
 def test_a_flipped_byte_in_a_segment_is_caught(pool: KvPool, kv: SessionKv) -> None:
     plan = ChunkPlan(KvRange(0, TOKENS, 0, 3), SHAPE, 10_000)
     segment = Memory(torch.zeros(plan.total_bytes, dtype=torch.uint8))
-    reader = KvReader(
-        kv, plan, Layout.THD, Checksum.CRC32C, PUSH_FRAMES, SegmentView(segment, plan.range, SHAPE, Layout.THD)
-    )
+    view = placed(segment, plan, Layout.THD, Checksum.CRC32C)
+    reader = KvReader(kv, plan, Layout.THD, Checksum.CRC32C, PUSH_FRAMES, view)
     frames = [PUSH_FRAMES.decode(reader.frame(index)) for index in range(plan.total_chunks)]
-    segment.memory[-1] ^= 1
+    segment.bytes[-1] ^= 1
     writer = KvWriter(empty_kv(pool), TOKENS, Layout.THD, Checksum.CRC32C, plan.total_chunks)
     with pytest.raises(PrefillError) as caught:
-        writer.take(frames, writer.placed_in(segment))
+        writer.take(frames, view)
     assert caught.value.reason is Reason.CHECKSUM_MISMATCH
     assert caught.value.metadata == {"chunk_index": str(plan.total_chunks - 1)}
-
-
-def test_a_segment_that_is_too_small_is_refused() -> None:
-    with pytest.raises(PrefillError, match="its segment has 10 bytes, the range has 64"):
-        SegmentView(Memory(torch.zeros(10, dtype=torch.uint8)), KvRange(0, 1, 0, 1), SHAPE, Layout.THD)
-    with pytest.raises(PrefillError) as caught, NoSegments().borrow("me", "t-1"):
-        pass
-    assert caught.value.reason is Reason.TRANSFER_UNKNOWN
 
 
 def test_a_writer_that_is_closed_takes_nothing_and_holds_nothing(pool: KvPool, kv: SessionKv) -> None:
