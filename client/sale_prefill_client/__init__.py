@@ -22,7 +22,7 @@ from .detokenizer import IncrementalDecoder
 from .errors import SalePrefillError
 from .extras import MissingExtraError
 from .kv import KvCache
-from .options import Attention, DecodeOptions, Keepalive, PrefillOptions, RetryPolicy, Sampling, TlsOptions
+from .options import Attention, DecodeOptions, InlineKv, Keepalive, PrefillOptions, RetryPolicy, Sampling, TlsOptions
 from .results import (
     DecodedToken,
     DecodeResult,
@@ -31,6 +31,7 @@ from .results import (
     Generation,
     GuardAlert,
     GuardStats,
+    KvArrived,
     KvSpec,
     LayerStats,
     Load,
@@ -46,6 +47,7 @@ from .results import (
     Session,
     TokenLogit,
 )
+from .segments import SegmentFallbackWarning
 from .tokenizer import Tokenizer
 from .tokens import parse_token_ids, token_digest
 
@@ -65,8 +67,10 @@ __all__ = [
     "GuardAlert",
     "GuardStats",
     "IncrementalDecoder",
+    "InlineKv",
     "InsecureTokenWarning",
     "Keepalive",
+    "KvArrived",
     "KvCache",
     "KvSpec",
     "LayerStats",
@@ -84,6 +88,7 @@ __all__ = [
     "RetryPolicy",
     "SalePrefillError",
     "Sampling",
+    "SegmentFallbackWarning",
     "ServerInfo",
     "Session",
     "TextStream",

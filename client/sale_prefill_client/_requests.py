@@ -18,7 +18,18 @@ from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 from .checksums import ALGORITHM_NUMBERS
 from .errors import FieldViolation, InvalidFieldError, InvalidRequestError, InvalidSamplingError
-from .options import Attention, Checksum, Durability, InterruptPolicy, Layout, Pin, Range, Sampling
+from .options import (
+    Attention,
+    Checksum,
+    Durability,
+    InlineKv,
+    InterruptPolicy,
+    Layout,
+    Pin,
+    Range,
+    Sampling,
+    SegmentTransport,
+)
 from .results import KvSpec
 from .tokens import TokenIds, token_array
 
@@ -43,6 +54,10 @@ _PINS = {
     "hard": session_service_pb2.PIN_HARD,
 }
 _LAYOUTS = {"HTD": kv_pb2.KV_LAYOUT_HTD, "THD": kv_pb2.KV_LAYOUT_THD}
+_TRANSPORTS = {
+    "shm": kv_transfer_service_pb2.TRANSPORT_SHM,
+    "cuda_ipc": kv_transfer_service_pb2.TRANSPORT_CUDA_IPC,
+}
 _UINT32_LIMIT = 1 << 32
 _UINT64_LIMIT = 1 << 64
 _MAX_DURATION_SECONDS = 315_576_000_000
@@ -148,6 +163,7 @@ def prefill_request(
     on_interrupt: InterruptPolicy = "keep",
     num_top_logits: int | None = None,
     labels: Mapping[str, str] | None = None,
+    inline_kv: InlineKv | bool | None = None,
 ) -> prefill_service_pb2.PrefillRequest:
     """A prefill request; a request id is made up where there is none."""
     request = prefill_service_pb2.PrefillRequest(
@@ -169,7 +185,22 @@ def prefill_request(
         )
     if num_top_logits is not None:
         request.num_top_logits = _count("num_top_logits", num_top_logits)
+    if inline_kv:
+        request.inline_kv.CopyFrom(inline_kv_message(InlineKv() if inline_kv is True else inline_kv))
     return request
+
+
+def inline_kv_message(inline: InlineKv) -> prefill_service_pb2.InlineKv:
+    """What a prefill says about KV that is to come with it."""
+    message = prefill_service_pb2.InlineKv(
+        layout=_choice(_LAYOUTS, "layout", inline.layout),
+        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes),
+        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline.checksum),
+    )
+    if inline.expected_spec is not None:
+        message.expected_spec.CopyFrom(replace(inline.expected_spec, layout=None).to_proto())
+    _put_range(message.range, inline.token_range, inline.layer_range)
+    return message
 
 
 def decode_request(
@@ -278,15 +309,40 @@ def pull_request(
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes
         request.expected_spec.CopyFrom(replace(expected_spec, layout=None).to_proto())
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def open_transfer_request(
+    *,
+    session_id: str,
+    token_range: Range | None,
+    layer_range: Range | None,
+    size_bytes: int,
+    transports: Sequence[SegmentTransport],
+) -> kv_transfer_service_pb2.OpenTransferRequest:
+    """A request for a segment; gRPC messages are its last choice, so that a server without segments can answer."""
+    if isinstance(transports, str):
+        raise _refuse("transports", transports, "a list of transports; put the one in a list")
+    request = kv_transfer_service_pb2.OpenTransferRequest(
+        session_id=session_id,
+        transports=[_choice(_TRANSPORTS, "transports", transport) for transport in transports],
+        size_bytes=_count("size_bytes", size_bytes, _UINT64_LIMIT),
+    )
+    request.transports.append(kv_transfer_service_pb2.TRANSPORT_GRPC)
+    _put_range(request.range, token_range, layer_range)
+    return request
+
+
+def _put_range(message: kv_pb2.KvRange, token_range: Range | None, layer_range: Range | None) -> None:
     for name, part in (("token", token_range), ("layer", layer_range)):
         if part is None:
             continue
         start, end = part
         if not 0 <= start < (_UINT32_LIMIT if end is None else end) <= _UINT32_LIMIT:
             raise _refuse(f"range.{name}_start", part, "a pair (first, one past the last or None) that is not empty")
-        setattr(request.range, f"{name}_start", start)
-        setattr(request.range, f"{name}_end", end or 0)
-    return request
+        setattr(message, f"{name}_start", start)
+        setattr(message, f"{name}_end", end or 0)
 
 
 def push_request(

@@ -6,7 +6,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from .results import KvSpec
 
 AttentionMode = Literal["default", "sale", "dense"]
 InterruptPolicy = Literal["keep", "free"]
@@ -14,6 +17,7 @@ Durability = Literal["none", "async", "local", "shared"]
 Pin = Literal["none", "soft", "hard"]
 Layout = Literal["THD", "HTD"]
 Checksum = Literal["crc32c", "xxh3_64", "none"]
+SegmentTransport = Literal["shm", "cuda_ipc"]
 Range = tuple[int, int | None]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -143,6 +147,26 @@ class RetryPolicy:
         return bound * (0.5 + 0.5 * self.jitter())
 
 
+@dataclass(frozen=True, slots=True)
+class InlineKv:
+    """KV that comes with a prefill, each layer's while later ones are computed.
+
+    Args:
+        token_range, layer_range: part of the session, half-open; an end of None is the session's, None is everything.
+        layout: axis order, `"THD"` (the fastest) or `"HTD"` (as transformers has it).
+        chunk_bytes: bytes of a message, about.
+        checksum: digest of each chunk.
+        expected_spec: format that the KV must have, else KvSpecMismatchError before anything is computed.
+    """
+
+    token_range: Range | None = None
+    layer_range: Range | None = None
+    layout: Layout = "THD"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    checksum: Checksum = "crc32c"
+    expected_spec: KvSpec | None = None
+
+
 class PrefillOptions(TypedDict, total=False):
     """Keyword options of a prefill.
 
@@ -165,6 +189,7 @@ class PrefillOptions(TypedDict, total=False):
         on_interrupt: whether a half-done session is kept (default) or freed when this call is cancelled or lost.
         num_top_logits: logits of the last position to return; None for the server's default of 20.
         labels: set on a session that this request creates.
+        inline_kv: send the KV as well; True is all of it. The result has it, events tell of every part that comes.
     """
 
     session_id: str | None
@@ -179,6 +204,7 @@ class PrefillOptions(TypedDict, total=False):
     on_interrupt: InterruptPolicy
     num_top_logits: int | None
     labels: Mapping[str, str] | None
+    inline_kv: InlineKv | bool | None
 
 
 class DecodeOptions(TypedDict, total=False):

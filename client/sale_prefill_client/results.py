@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -20,6 +20,9 @@ from sale_prefill.v1 import (
 )
 
 from .options import Attention, AttentionMode, Durability, Layout, Pin
+
+if TYPE_CHECKING:
+    from .kv import KvCache
 
 ElementType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
 SessionState = Literal["unspecified", "busy", "partial", "ready", "offloaded"]
@@ -506,12 +509,13 @@ class PrefillProgress:
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
     """A finished prefill: the session, the last position's logits best first, the cost and sparsity report, and the
-    request id under which a repeat would find this result."""
+    request id under which a repeat would find this result. `kv` is there where the request had `inline_kv`."""
 
     session: Session
     top_logits: tuple[TokenLogit, ...]
     stats: PrefillStats
     request_id: str
+    kv: KvCache | None = None
 
     @property
     def session_id(self) -> str:
@@ -519,9 +523,12 @@ class PrefillResult:
         return self.session.session_id
 
     @classmethod
-    def from_proto(cls, message: prefill_service_pb2.PrefillResult, request_id: str) -> PrefillResult:
+    def from_proto(
+        cls, message: prefill_service_pb2.PrefillResult, request_id: str, kv: KvCache | None = None
+    ) -> PrefillResult:
         """Read the message."""
         return cls(
+            kv=kv,
             session=Session.from_proto(message.session),
             top_logits=tuple(TokenLogit.from_proto(entry) for entry in message.top_logits),
             stats=PrefillStats.from_proto(message.stats),
@@ -529,7 +536,19 @@ class PrefillResult:
         )
 
 
-PrefillEvent = PrefillAccepted | PrefillProgress | PrefillResult
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    """A part of the KV is here: tokens [token_start, token_end) of one layer's keys (`kind` 0) or values (1)."""
+
+    layer: int
+    kind: int
+    token_start: int
+    token_end: int
+    received_bytes: int
+    total_bytes: int
+
+
+PrefillEvent = PrefillAccepted | PrefillProgress | KvArrived | PrefillResult
 
 
 @dataclass(frozen=True, slots=True)

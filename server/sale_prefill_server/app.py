@@ -57,6 +57,7 @@ from sale_prefill_server.observability.metrics import Metrics
 from sale_prefill_server.observability.store_metrics import StoreMetrics, log_store_event
 from sale_prefill_server.rpc.auth import Anonymous, Authenticator, StaticTokens
 from sale_prefill_server.rpc.convert import Converter
+from sale_prefill_server.rpc.inline_kv import InlineStreams
 from sale_prefill_server.rpc.interceptor import CallInterceptor
 from sale_prefill_server.rpc.kv_transfer_service import KvTransferServicer
 from sale_prefill_server.rpc.late_binding import LateServicer
@@ -70,7 +71,8 @@ from sale_prefill_server.sessions.archive import SessionArchive
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Durability, Retention, SessionState
 from sale_prefill_server.sessions.tiers import durabilities, open_store, recover_sessions
-from sale_prefill_server.transfer.placement import NoSegments
+from sale_prefill_server.transfer.configured_segments import configured_broker
+from sale_prefill_server.transfer.segments import SegmentBroker
 from sale_prefill_server.transfer.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class _Service:
     scheduler: Scheduler
     archive: SessionArchive | None
     loader: Loader | None
+    segments: SegmentBroker
 
 
 class Server:
@@ -237,12 +240,13 @@ class Server:
             pin_quota_bytes=parse_bytes("pin_quota", config.pin_quota) or None,
         )
         scheduler = Scheduler()
+        segments = configured_broker(config, engine.model.device)
         if archive is None:
-            return _Service(engine, manager, scheduler, None, None)
+            return _Service(engine, manager, scheduler, None, None, segments)
         started = time.perf_counter()
         found = recover_sessions(archive, engine, manager)
         logger.info("%d sessions of earlier runs found in %.1f s", found, time.perf_counter() - started)
-        return _Service(engine, manager, scheduler, archive, Loader(archive, scheduler))
+        return _Service(engine, manager, scheduler, archive, Loader(archive, scheduler), segments)
 
     def _guard(self, profile: Profile | None) -> Guard | None:
         config = self.config
@@ -310,7 +314,18 @@ class Server:
             durabilities(config),
         )
         parts = (
-            PrefillServicer(admission, converter),
+            PrefillServicer(
+                admission,
+                converter,
+                InlineStreams(
+                    converter,
+                    self._events,
+                    self._copiers,
+                    service.segments,
+                    config.max_message_bytes,
+                    engine.chunk_tokens,
+                ),
+            ),
             SessionServicer(service.manager, admission, service.scheduler, converter, config.max_lease_seconds),
             KvTransferServicer(
                 service.manager,
@@ -318,7 +333,7 @@ class Server:
                 converter,
                 self._events,
                 self._copiers,
-                NoSegments(),
+                service.segments,
                 self._uploads,
                 config.max_message_bytes,
             ),
@@ -383,6 +398,7 @@ class Server:
         self._copiers.shutdown()
         if self._service is not None:
             self._uploads.close()
+            await asyncio.to_thread(self._service.segments.close_all)
             self._service.manager.close()
             if self._service.archive is not None:
                 await asyncio.to_thread(self._service.archive.close, _SAVE_SECONDS)

@@ -70,6 +70,16 @@ class ServerConfig:
         "none", "durability of a session that asks for none", choices=("none", "async", "local", "shared")
     )
     pin_quota: str = _setting("0", "bytes that one tenant's hard-pinned sessions may take on the device, such as 2G")
+    transfer_memory: str = _setting(
+        "auto", "bytes of host memory that callers on this host may share; auto is a quarter of what is free, 0 is none"
+    )
+    transfer_device_memory: str = _setting(
+        "auto", "bytes of GPU memory that callers on this host may share; auto is an eighth of the GPU's, 0 is none"
+    )
+    transfer_directory: str = _setting(
+        "", "folder for the socket of shared memory; empty is in the user's runtime folder"
+    )
+    transfer_uids: str = _setting("", "numbers of other users whose processes may share memory, with commas between")
     max_sequence_tokens: int = _setting(0, "longest session; 0 takes the model's context", minimum=0)
     max_message_bytes: int = _setting(8 * 2**20, "largest gRPC message, either way", minimum=2**16)
     max_queued_requests: int = _setting(256, "requests that may wait or run", minimum=1)
@@ -121,6 +131,14 @@ class ServerConfig:
     def kv_memory_bytes(self) -> int | None:
         """Bytes for KV, or None for automatic."""
         return None if self.kv_memory == "auto" else parse_bytes("kv_memory", self.kv_memory)
+
+    @property
+    def transfer_uid_numbers(self) -> frozenset[int]:
+        """Users named by `transfer_uids`."""
+        parts = [part.strip() for part in self.transfer_uids.split(",") if part.strip()]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"transfer_uids = {self.transfer_uids!r}: write user numbers, such as 1000,1001")
+        return frozenset(int(part) for part in parts)
 
     def describe(self) -> str:
         """One `name = value` line a setting, as TOML; printed at start."""

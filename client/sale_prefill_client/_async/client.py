@@ -6,9 +6,10 @@ from .decode import AsyncDecodeCalls
 from .prefill import AsyncPrefillCalls
 from .pull import AsyncPullCalls
 from .push import AsyncPushCalls
+from .transfers import AsyncTransferCalls
 
 
-class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncPullCalls, AsyncPushCalls):
+class AsyncClient(AsyncPrefillCalls, AsyncDecodeCalls, AsyncPullCalls, AsyncPushCalls, AsyncTransferCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

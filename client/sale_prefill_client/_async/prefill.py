@@ -9,7 +9,9 @@ from typing import Unpack
 from sale_prefill.v1 import prefill_service_pb2, prefill_service_pb2_grpc
 
 from .. import _requests
+from .._kv_stub import RawPrefillStub
 from ..errors import ProtocolError
+from ..inline_kv import InlineAssembly
 from ..options import PrefillOptions
 from ..progress import PrefillCallback, prefill_reporter
 from ..results import PrefillAccepted, PrefillEvent, PrefillProgress, PrefillResult
@@ -69,22 +71,32 @@ class AsyncPrefillCalls(AsyncServerCalls):
         timeout_seconds: float | None = None,
         **options: Unpack[PrefillOptions],
     ) -> AsyncGenerator[PrefillEvent, None]:
-        """The events of a prefill as they come: PrefillAccepted, PrefillProgress at least once a second, and at last
-        PrefillResult. After a broken connection another PrefillAccepted comes, with `joined` set.
+        """The events of a prefill as they come: PrefillAccepted, PrefillProgress at least once a second, KvArrived for
+        every part of the KV where `inline_kv` asks for it, and at last PrefillResult. After a broken connection another
+        PrefillAccepted comes, with `joined` set.
 
         Takes the arguments of `prefill`, less `progress`. Closing the iterator early cancels the request.
         """
         is_new = not options.get("session_id") or options.get("expected_prefix_tokens") == 0
         ids = await self._prompt_ids(token_ids, text, add_special_tokens=is_new)
         request = _requests.prefill_request(ids, **options)
+        kv = InlineAssembly.of(options.get("inline_kv"))
         session_id, computed_tokens = request.session_id, 0
 
         def next_request() -> tuple[prefill_service_pb2.PrefillRequest, str]:
+            if kv is not None:
+                request.inline_kv.resume_from_chunk = kv.next_chunk_index
             return request, session_id
 
-        stream = self._stream(_STUB, "Prefill", next_request, timeout_seconds=timeout_seconds)
+        stub = _STUB if kv is None else RawPrefillStub
+        stream = self._stream(stub, "Prefill", next_request, timeout_seconds=timeout_seconds)
         with closing(stream):
             while (message := await stream.read()) is not None:
+                if kv is not None and (message := kv.take(message)) is None:
+                    stream.progressed()
+                    if (arrived := kv.arrived) is not None:
+                        yield arrived
+                    continue
                 kind = message.WhichOneof("event")
                 if kind == "accepted":
                     session_id = message.accepted.session_id
@@ -96,5 +108,6 @@ class AsyncPrefillCalls(AsyncServerCalls):
                     yield PrefillProgress.from_proto(message.progress)
                 elif kind == "result":
                     await stream.finish()
-                    yield PrefillResult.from_proto(message.result, request.request_id)
+                    cache = None if kv is None else kv.finish(message.result.session)
+                    yield PrefillResult.from_proto(message.result, request.request_id, cache)
                     return

@@ -7,9 +7,10 @@ from .decode import DecodeCalls
 from .prefill import PrefillCalls
 from .pull import PullCalls
 from .push import PushCalls
+from .transfers import TransferCalls
 
 
-class Client(PrefillCalls, DecodeCalls, PullCalls, PushCalls):
+class Client(PrefillCalls, DecodeCalls, PullCalls, PushCalls, TransferCalls):
     """A connection to a sale-prefill server. Use it as a context manager, or call `close`.
 
     It connects with the first call. Calls that are safe to repeat are repeated when the server is unavailable; see

@@ -9,7 +9,8 @@ start; on the CPU the system gives it page by page when it is first written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,8 @@ class SessionKv:
         self._left: list[int] = []  # pages that are no longer ours but that a reader may be at
         self._copies_from: int | None = None
         self._gate: LayerGate | None = None
+        self._watchers: list[Callable[[], None]] = []
+        self._written: dict[int, torch.cuda.Event] = {}
         self._keep = False
 
     @property
@@ -293,7 +296,30 @@ class SessionKv:
             for source, tensors in ((keys, self._pool.keys), (values, self._pool.values)):
                 _slots(tensors[layer])[run.slot : run.slot + run.count] = source[0, :, rows].transpose(0, 1)
         self._lengths[layer] = end
+        self._tell(layer)
         return self.layer_pages(layer)
+
+    @contextmanager
+    def watched(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Calls `callback`, in the writer's thread and quickly, whenever some layer has more tokens or a load ends."""
+        self._watchers.append(callback)
+        try:
+            yield
+        finally:
+            self._watchers.remove(callback)
+
+    def written(self, layer: int) -> torch.cuda.Event | None:
+        """On a GPU, after what a watched layer's last append has been written; None: after what is queued by now."""
+        return self._written.get(layer)
+
+    def _tell(self, layer: int | None = None) -> None:
+        if not self._watchers:
+            self._written.clear()
+        elif layer is not None and self.shape.device.type == "cuda":
+            self._written[layer] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        for callback in list(self._watchers):
+            callback()
 
     def layer_pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """All pages of one layer, K and V `[pages, num_kv_heads, tokens, head_dim]`."""
@@ -315,6 +341,8 @@ class SessionKv:
     def load(self, gate: LayerGate | None) -> None:
         """Tokens that are counted already are being written: `append` waits at the gate. None: all are there."""
         self._gate = gate
+        if gate is None:
+            self._tell()
 
     @property
     def is_loading(self) -> bool:
@@ -333,6 +361,7 @@ class SessionKv:
     def extend_to(self, num_tokens: int) -> None:
         """Counts tokens that were written to all layers."""
         self._lengths = [num_tokens] * self.shape.num_layers
+        self._tell()
 
     def segments(self, layer: int, kind: int, start: int, end: int) -> list[Tensor]:
         """Tokens [start, end) of one layer's K (`kind` 0) or V (1), as views [n, num_kv_heads, head_dim] in order.
@@ -346,9 +375,10 @@ class SessionKv:
         if end > len(self._pages) * PAGE_TOKENS:
             reserved = len(self._pages) * PAGE_TOKENS
             raise ValueError(f"layer {layer}: {end} tokens do not fit the {reserved} reserved; call reserve")
-        if self._runs[:2] != (start, end):  # every layer of a step asks the same
-            self._runs = (start, end, self._runs_of(start, end))
-        return self._runs[2]
+        found = self._runs
+        if found[:2] != (start, end):  # every layer of a step asks the same
+            found = self._runs = (start, end, self._runs_of(start, end))
+        return found[2]  # its own: chunks of a push are written by several threads
 
     def _runs_of(self, start: int, end: int) -> list[_Run]:
         pages, runs = self._pages, list[_Run]()

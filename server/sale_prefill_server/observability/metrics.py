@@ -191,8 +191,9 @@ class Metrics:
         for metric, values in label_values:
             for value in values:
                 metric.labels(value)
-        self.transfer_bytes.labels("grpc", "pull")
-        self.transfer_seconds.labels("grpc", "pull")
+        for direction in ("pull", "push", "inline"):
+            self.transfer_bytes.labels("grpc", direction)
+            self.transfer_seconds.labels("grpc", direction)
         self.transfer_failures.labels("grpc", "cancelled")
         for method in methods:
             self.rpc_started.labels(*method)

@@ -176,6 +176,7 @@ class Converter:
             on_interrupt=interrupt_policy(request.on_interrupt),
             num_top_logits=_at_most("num_top_logits", top, MAX_TOP_LOGITS),
             labels=labels_of(request.labels),
+            wants_kv=request.HasField("inline_kv"),
             reuse_prefix=request.prefix_reuse != prefill_service_pb2.PREFIX_REUSE_OFF,
         )
 

@@ -68,6 +68,21 @@ def layout_value(layout: Layout) -> kv_pb2.KvLayout:
     return _LAYOUT_VALUES[layout]
 
 
+def checksum_value(checksum: Checksum) -> kv_pb2.ChecksumAlgorithm:
+    """The message's number of a digest."""
+    return _CHECKSUM_VALUES[checksum]
+
+
+def range_message(range_: KvRange) -> kv_pb2.KvRange:
+    """A resolved range."""
+    return kv_pb2.KvRange(
+        token_start=range_.token_start,
+        token_end=range_.token_end,
+        layer_start=range_.layer_start,
+        layer_end=range_.layer_end,
+    )
+
+
 def range_of(message: kv_pb2.KvRange) -> KvRange:
     """A range as asked for: 0 ends mean the end."""
     return KvRange(message.token_start, message.token_end, message.layer_start, message.layer_end)
@@ -125,12 +140,7 @@ def manifest_message(
     whole = range_.token_end == session.num_tokens
     return kv_pb2.KvManifest(
         spec=spec,
-        range=kv_pb2.KvRange(
-            token_start=range_.token_start,
-            token_end=range_.token_end,
-            layer_start=range_.layer_start,
-            layer_end=range_.layer_end,
-        ),
+        range=range_message(range_),
         total_bytes=plan.total_bytes,
         total_chunks=plan.total_chunks,
         checksum_algorithm=_CHECKSUM_VALUES[checksum],

@@ -28,17 +28,19 @@ from sale_prefill_server.rpc.kv_messages import (
 )
 from sale_prefill_server.rpc.push import PushStream, read_header
 from sale_prefill_server.rpc.residency import brought_back
+from sale_prefill_server.rpc.transfer_calls import TransferCalls
 from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
-from sale_prefill_server.transfer.placement import Segment, Segments, SegmentView
 from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
+from sale_prefill_server.transfer.segments import Segment, SegmentBroker
 from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
-class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
+class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
     """Serves KV bytes in gRPC messages.
 
     Args:
@@ -59,7 +61,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         converter: Converter,
         events: EventBus,
         executor: Executor,
-        segments: Segments,
+        segments: SegmentBroker,
         uploads: Uploads,
         max_message_bytes: int,
     ) -> None:
@@ -139,7 +141,7 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
             raise invalid_field(
                 "resume_from_chunk", f"{request.resume_from_chunk}: the stream has {plan.total_chunks} chunks"
             )
-        place = None if segment is None else SegmentView(segment, range_, kv.shape, layout)
+        place = None if segment is None else SegmentPlacement(segment, kv.shape, range_, layout, checksum)
         token_ids = session.tokens[: range_.token_end] if request.include_token_ids else ()
         manifest = manifest_message(session, spec, plan, checksum, token_ids=token_ids)
         return KvReader(kv, plan, layout, checksum, PULL_FRAMES, place), manifest
@@ -201,15 +203,3 @@ class KvTransferServicer(kv_transfer_service_pb2_grpc.KvTransferServiceServicer)
         if header.HasField("manifest") or header.token_ids or header.session_id:
             raise invalid_field("header.upload_id", "names an upload that has its header: leave the other fields out")
         return self._uploads.get(tenant, header.upload_id)
-
-    async def OpenTransfer(  # noqa: N802
-        self, request: pb.OpenTransferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.OpenTransferResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "OpenTransfer is not in this release: use PullKv")
-
-    async def CloseTransfer(  # noqa: N802
-        self, request: pb.CloseTransferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.CloseTransferResponse:
-        """Not in this release."""
-        raise PrefillError(Reason.NOT_IMPLEMENTED, "CloseTransfer is not in this release: use PullKv")

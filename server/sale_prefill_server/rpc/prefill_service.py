@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 import grpc
 
@@ -11,9 +12,10 @@ from sale_prefill.v1 import prefill_service_pb2_grpc
 from sale_prefill_server.engine.sampling import SampledToken
 from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.rpc.convert import Converter, accepted_message, progress_message, token_message
+from sale_prefill_server.rpc.inline_kv import InlineStreams, merged
 from sale_prefill_server.rpc.interceptor import current_caller
 from sale_prefill_server.scheduler.admission import Admission, Admitted
-from sale_prefill_server.scheduler.messages import DecodeDone, PrefillDone, Progress
+from sale_prefill_server.scheduler.messages import DecodeDone, PrefillCommand, PrefillDone, Progress
 
 #: Seconds between progress events; the contract promises one a second.
 HEARTBEAT_SECONDS = 0.5
@@ -24,22 +26,51 @@ _REJOINS = 3
 class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
     """Serves Prefill and Decode."""
 
-    def __init__(self, admission: Admission, converter: Converter) -> None:
+    def __init__(self, admission: Admission, converter: Converter, inline: InlineStreams) -> None:
         self._admission = admission
         self._converter = converter
+        self._inline = inline
 
     async def Prefill(  # noqa: N802
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.PrefillResponse]:
-        """Accepted, progress, result."""
+    ) -> AsyncIterator[pb.PrefillResponse | bytes]:
+        """Accepted, progress, KV where it is wanted, result."""
         command = self._converter.prefill_command(request, current_caller().tenant)
-        async for event in _follow(lambda: self._admission.prefill(command)):
-            if isinstance(event, Admitted):
-                yield pb.PrefillResponse(accepted=accepted_message(event.job.accepted, event.joined))
-            elif isinstance(event, Progress):
-                yield pb.PrefillResponse(progress=progress_message(event))
-            elif isinstance(event, PrefillDone):
-                yield pb.PrefillResponse(result=self._converter.prefill_result(event))
+        events: AsyncIterator[object] = _follow(lambda: self._admission.prefill(command))
+        if request.HasField("inline_kv"):
+            self._inline.check(request.inline_kv)
+            events = self._with_kv(events, request.inline_kv, command)
+        async with aclosing(events):  # type: ignore[type-var]  # generators, both
+            async for event in events:
+                if isinstance(event, bytes | pb.PrefillResponse):
+                    yield event
+                elif isinstance(event, Admitted):
+                    yield pb.PrefillResponse(accepted=accepted_message(event.job.accepted, event.joined))
+                elif isinstance(event, Progress):
+                    yield pb.PrefillResponse(progress=progress_message(event))
+                elif isinstance(event, PrefillDone):
+                    yield pb.PrefillResponse(result=self._converter.prefill_result(event))
+
+    async def _with_kv(
+        self, events: AsyncIterator[object], asked: pb.InlineKv, command: PrefillCommand
+    ) -> AsyncIterator[object]:
+        """The events, with the manifest after the first and KV among the others."""
+        async with aclosing(events):  # type: ignore[type-var]  # a generator
+            admitted = await anext(events)
+            assert isinstance(admitted, Admitted)
+            assert admitted.kv is not None
+            stream = self._inline.open(asked, command.tenant, admitted.tokens, admitted.kv)
+            try:
+                yield admitted
+                yield pb.PrefillResponse(kv_manifest=stream.manifest)
+                both = merged(events, stream.frames(), lambda event: isinstance(event, PrefillDone))
+                async with aclosing(both):  # type: ignore[type-var]  # a generator
+                    async for item in both:
+                        if isinstance(item, Admitted) and item.kv is not None:
+                            item.kv.release()  # admitted again; the stream has its reference
+                        yield item
+            finally:
+                stream.close()
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext

@@ -10,8 +10,8 @@ from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PUSH_FRAMES, ChunkFrame,
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.transfer.kv_writer import InOrder
-from sale_prefill_server.transfer.placement import SegmentView
 from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, stopped
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
@@ -56,7 +56,7 @@ class PushStream:
         executor: threads that check and copy.
     """
 
-    def __init__(self, uploads: Uploads, upload: Upload, segment: SegmentView | None, executor: Executor) -> None:
+    def __init__(self, uploads: Uploads, upload: Upload, segment: SegmentPlacement | None, executor: Executor) -> None:
         self._uploads = uploads
         self._upload = upload
         self._segment = segment

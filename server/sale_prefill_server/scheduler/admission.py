@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from sale_prefill_server.engine.sequence import AttentionSettings
 from sale_prefill_server.engine.sequence import Sequence as EngineSequence
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field, kv_capacity
 from sale_prefill_server.events import EventBus, RequestFinished
-from sale_prefill_server.kv.pool import PAGE_TOKENS, KvCapacityError
+from sale_prefill_server.kv.pool import PAGE_TOKENS, KvCapacityError, SessionKv
 from sale_prefill_server.scheduler.decode_task import DecodeTask
 from sale_prefill_server.scheduler.job import Job
 from sale_prefill_server.scheduler.loader import Loader
@@ -28,10 +29,16 @@ from sale_prefill_server.sessions.session import Retention, Session, SessionStat
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job to follow; `joined` says that an earlier call with the same request_id started it."""
+    """A job to follow; `joined` says that an earlier call with the same request_id started it.
+
+    Where the command wants it, `kv` is a reference to the session's KV, which the caller releases, and `tokens` what
+    the session holds when the job is done.
+    """
 
     job: Job
     joined: bool
+    kv: SessionKv | None = None
+    tokens: array[int] = field(default_factory=lambda: array("I"))
 
 
 class Admission:
@@ -115,7 +122,7 @@ class Admission:
         try:
             earlier = self._requests.find(command) if command.request_id else None
             if earlier is not None and self._join(earlier):
-                return Admitted(earlier.job, joined=True)
+                return self._admitted(earlier, command, joined=True)
             self._check_tokens(command.token_ids)
             self._check_queue()
             task = self._new_prefill(command) if isinstance(command, PrefillCommand) else self._new_decode(command)
@@ -123,8 +130,22 @@ class Admission:
             self._events.emit(RequestFinished(kind=kind, outcome="rejected", reason=error.reason))
             raise
         self._requests.remember(command, task)
+        admitted = self._admitted(task, command, joined=False)
         self._start(task)
-        return Admitted(task.job, joined=False)
+        return admitted
+
+    def _admitted(self, task: Task, command: PrefillCommand | DecodeCommand, *, joined: bool) -> Admitted:
+        if not (isinstance(command, PrefillCommand) and command.wants_kv):
+            return Admitted(task.job, joined)
+        session = task.session
+        try:
+            return Admitted(task.job, joined, session.sequence.kv.acquire(), task.all_tokens)
+        except ValueError:
+            raise PrefillError(
+                Reason.SESSION_UNKNOWN,
+                f"session {session.session_id!r} has ended, and its KV with it: prefill again",
+                metadata={"session_id": session.session_id},
+            ) from None
 
     def bring_back(self, session: Session) -> Job | None:
         """Has the KV of an idle session brought back to the device; None where it is there.

@@ -25,7 +25,7 @@ class PrefillCommand:
 
     `session_id` is empty for a fresh id; `attention` and `retention` are None for the server's defaults;
     `expected_prefix_tokens` is None for no guard. With `reuse_prefix`, a new session takes KV that the tenant's other
-    sessions hold for the tokens it begins with.
+    sessions hold for the tokens it begins with. With `wants_kv`, the caller gets a reference to the KV.
     """
 
     tenant: str
@@ -39,6 +39,7 @@ class PrefillCommand:
     num_top_logits: int = 20
     labels: Mapping[str, str] = field(default_factory=dict)
     reuse_prefix: bool = True
+    wants_kv: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -83,6 +84,11 @@ class Task(ABC):
         """True when the task was stopped and its session is as it left it."""
         current = self._manager.find(self.session.tenant, self.session.session_id)
         return current is self.session and self.session.generation == self._stopped_generation
+
+    @property
+    def all_tokens(self) -> array[int]:
+        """What the session holds once the appended tokens are in."""
+        return self._append.all_tokens
 
     @property
     def wants_loading(self) -> bool:

@@ -11,7 +11,7 @@ from sale_prefill.kv_frames import ChunkFrame, FrameCodec
 from sale_prefill_server.kv.pool import SessionKv
 from sale_prefill_server.transfer.checksums import CHECKSUMS, Checksum
 from sale_prefill_server.transfer.chunks import ChunkPlan, Layout, PlannedChunk
-from sale_prefill_server.transfer.placement import SegmentView
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 
 
 class KvReader:
@@ -33,37 +33,42 @@ class KvReader:
         layout: Layout,
         checksum: Checksum,
         codec: FrameCodec,
-        placement: SegmentView | None = None,
+        placement: SegmentPlacement | None = None,
     ) -> None:
         self._kv = kv
         self.plan = plan
         self._layout = layout
         self._digest = CHECKSUMS[checksum]
-        self._has_checksum = checksum is not Checksum.NONE
         self._codec = codec
         self._placement = placement
 
     def frame(self, index: int) -> bytes:
         """The message that carries a chunk."""
         chunk = self.plan[index]
-        parts = self._tensors(chunk)
-        if self._placement is None:
-            data: Sequence[Any] = [host_bytes(part) for part in parts]
-        else:
-            place = self._placement.chunk(chunk)
-            place.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
-            data = [host_bytes(place)] if self._has_checksum else []
-        header = ChunkFrame(
-            index, chunk.layer, chunk.kind + 1, chunk.token_start, chunk.num_tokens, self._digest(data), b""
-        )
-        return self._codec.encode(header, data if self._placement is None else ())
+        if self._placement is not None:
+            segments = self._segments(chunk)
+            checksum = self._placement.write(chunk.layer, chunk.kind, chunk.token_start, segments, self._ready(chunk))
+            return self._codec.encode(_header(chunk, checksum), ())
+        data: Sequence[Any] = [host_bytes(part) for part in self._tensors(chunk)]
+        return self._codec.encode(_header(chunk, self._digest(data)), data)
+
+    def _segments(self, chunk: PlannedChunk) -> list[torch.Tensor]:
+        end = chunk.token_start + chunk.num_tokens
+        return self._kv.segments(chunk.layer, chunk.kind, chunk.token_start, end)
+
+    def _ready(self, chunk: PlannedChunk) -> object:
+        return self._kv.written(chunk.layer)
 
     def _tensors(self, chunk: PlannedChunk) -> list[torch.Tensor]:
         """The chunk in its layout, in pieces that follow each other."""
-        segments = self._kv.segments(chunk.layer, chunk.kind, chunk.token_start, chunk.token_start + chunk.num_tokens)
+        segments = self._segments(chunk)
         if self._layout is Layout.THD:
             return segments
         return [(torch.cat(segments) if len(segments) > 1 else segments[0]).transpose(0, 1)]
+
+
+def _header(chunk: PlannedChunk, checksum: int) -> ChunkFrame:
+    return ChunkFrame(chunk.index, chunk.layer, chunk.kind + 1, chunk.token_start, chunk.num_tokens, checksum, b"")
 
 
 def host_bytes(tensor: torch.Tensor) -> Any:

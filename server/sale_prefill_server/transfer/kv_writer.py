@@ -14,7 +14,8 @@ from sale_prefill_server.kv.pool import KvShape, SessionKv
 from sale_prefill_server.transfer.checksums import CHECKSUMS, Checksum
 from sale_prefill_server.transfer.chunks import KvRange, Layout, PlannedChunk, layer_token_bytes
 from sale_prefill_server.transfer.kv_reader import host_bytes
-from sale_prefill_server.transfer.placement import Segment, SegmentView
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
+from sale_prefill_server.transfer.segments import Segment
 
 Place = tuple[int, int, int, int]
 
@@ -69,15 +70,16 @@ class KvWriter:
             edges = np.flatnonzero(np.diff(np.concatenate(([False], ~self._arrived, [False])).astype(np.int8)))
         return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
-    def placed_in(self, segment: Segment) -> SegmentView:
+    def placed_in(self, segment: Segment) -> SegmentPlacement:
         """The import's KV in a segment.
 
         Raises:
             PrefillError: INVALID_FIELD, the segment is too small.
         """
-        return SegmentView(segment, KvRange(0, self._num_tokens, 0, self._shape.num_layers), self._shape, self._layout)
+        whole = KvRange(0, self._num_tokens, 0, self._shape.num_layers)
+        return SegmentPlacement(segment, self._shape, whole, self._layout, self._checksum)
 
-    def take(self, frames: Sequence[ChunkFrame], segment: SegmentView | None = None) -> int:
+    def take(self, frames: Sequence[ChunkFrame], segment: SegmentPlacement | None = None) -> int:
         """Checks chunks and writes them. Copies to the device: call it off the event loop.
 
         Args:
@@ -98,19 +100,19 @@ class KvWriter:
         with self._lock:
             self._closed = True
 
-    def _take_one(self, frame: ChunkFrame, segment: SegmentView | None) -> int:
+    def _take_one(self, frame: ChunkFrame, segment: SegmentPlacement | None) -> int:
         chunk = self._checked_place(frame)
         if segment is None:
-            data: torch.Tensor = torch.from_numpy(_writable(frame.data))
+            tokens = self._from_message(frame, chunk)
         elif len(frame.data):
             raise invalid_field("chunk.data", f"chunk {frame.index} has data beside its segment: send one of them")
-        else:
-            data = segment.chunk(chunk)
-        self._check_bytes(frame, chunk, data)
+        else:  # in memory of our own before it is digested: the peer can still write to the segment
+            tokens, digest = segment.take_copy(chunk.layer, chunk.kind, chunk.token_start, chunk.num_tokens)
+            self._check_digest(frame, digest)
         if not self._claim(chunk):
             return 0
         try:
-            self._kv.write(chunk.layer, chunk.kind, chunk.token_start, self._tokens_first(data, chunk.num_tokens))
+            self._kv.write(chunk.layer, chunk.kind, chunk.token_start, tokens)
         except BaseException:
             self._unclaim(chunk)
             raise
@@ -133,16 +135,21 @@ class KvWriter:
             )
         return PlannedChunk(frame.index, frame.layer, frame.kind - 1, frame.token_start, frame.num_tokens)
 
-    def _check_bytes(self, frame: ChunkFrame, chunk: PlannedChunk, data: torch.Tensor) -> None:
+    def _from_message(self, frame: ChunkFrame, chunk: PlannedChunk) -> torch.Tensor:
+        """[num_tokens, kv_heads, head_dim], sharing the message's memory."""
+        data = torch.from_numpy(_writable(frame.data))
         wanted_bytes = chunk.num_tokens * layer_token_bytes(self._shape)
         if data.nbytes != wanted_bytes:
             raise invalid_field(
                 "chunk.data",
                 f"chunk {frame.index} holds {data.nbytes} bytes; its {chunk.num_tokens} tokens are {wanted_bytes}",
             )
-        if self._checksum is Checksum.NONE:
-            return
-        if CHECKSUMS[self._checksum]([host_bytes(data)]) != frame.checksum:
+        if self._checksum is not Checksum.NONE:
+            self._check_digest(frame, CHECKSUMS[self._checksum]([host_bytes(data)]))
+        return self._tokens_first(data, chunk.num_tokens)
+
+    def _check_digest(self, frame: ChunkFrame, digest: int) -> None:
+        if self._checksum is not Checksum.NONE and digest != frame.checksum:
             raise PrefillError(
                 Reason.CHECKSUM_MISMATCH,
                 f"chunk {frame.index} (layer {frame.layer}, tokens from {frame.token_start}) differs from its "

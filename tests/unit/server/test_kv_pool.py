@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +79,27 @@ def test_tokens_can_be_written_in_any_order_and_counted_at_the_end() -> None:
     assert kv.num_tokens == 0
     kv.extend_to(300)
     same(kv, rows(300, 1))
+
+
+def test_threads_write_side_by_side() -> None:
+    kv = pool_of(8).create()
+    kv.reserve(8 * PAGE_TOKENS)
+    whole = rows(8 * PAGE_TOKENS, 1)[0].transpose(0, 1)
+
+    def write(first: int) -> None:
+        for _ in range(20):
+            for start in range(first, 8 * PAGE_TOKENS, 128):
+                kv.write(0, 0, start, whole[start : start + 64])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(write, (0, 64)))
+    finally:
+        sys.setswitchinterval(interval)
+    kv.extend_to(8 * PAGE_TOKENS)
+    assert torch.equal(contents(kv), whole)
 
 
 def test_truncation_forgets_half_written_layers() -> None:

@@ -1,0 +1,103 @@
+# Generated from _async/transfers.py by tools/generate_sync_client.py. Do not edit.
+"""Segments of memory shared with a server on this host."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from sale_prefill.v1 import kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
+
+from .. import _requests
+from ..cuda_segments import CudaSegment
+from ..errors import NotImplementedByServerError, OverloadedError, TransferUnknownError
+from ..options import Range, SegmentTransport
+from ..segments import SegmentFallbackWarning, SegmentUnreachableError, SharedSegment
+from ._io import run_blocking
+from .connection import Connection
+
+_STUB = kv_transfer_service_pb2_grpc.KvTransferServiceStub
+_KINDS: dict[int, Callable[[str, bytes, int], SharedSegment | CudaSegment]] = {
+    kv_transfer_service_pb2.TRANSPORT_SHM: SharedSegment,
+    kv_transfer_service_pb2.TRANSPORT_CUDA_IPC: CudaSegment,
+}
+
+
+class TransferCalls(Connection):
+    """KvTransferService.OpenTransfer and CloseTransfer."""
+
+    _said_fallback = False
+
+    def open_transfer(
+        self,
+        *,
+        session_id: str = "",
+        token_range: Range | None = None,
+        layer_range: Range | None = None,
+        size_bytes: int = 0,
+        transports: Sequence[SegmentTransport] = ("shm",),
+        timeout_seconds: float | None = None,
+    ) -> SharedSegment | CudaSegment | None:
+        """Memory that KV may come and go through instead of through messages.
+
+        Close it with `close_transfer`. It also goes when this process ends, or when no stream uses it for some minutes.
+
+        Args:
+            session_id: session whose KV, or part of it, is to fit; leave it out where `size_bytes` says the size.
+            token_range, layer_range: the part.
+            size_bytes: size.
+            transports: `"shm"`, `"cuda_ipc"`, best first; the server takes the first that it has.
+            timeout_seconds: for the call.
+
+        Returns:
+            The segment; None where server and client are not on one host, the server offers none of the transports, or
+            it has no memory to spare: the first time that is said (SegmentFallbackWarning), and the bytes can go
+            through messages as ever.
+
+        Raises:
+            SalePrefillError: another failure of the call.
+        """
+        request = _requests.open_transfer_request(
+            session_id=session_id,
+            token_range=token_range,
+            layer_range=layer_range,
+            size_bytes=size_bytes,
+            transports=transports,
+        )
+        try:
+            response = self._call(
+                _STUB, "OpenTransfer", request, timeout_seconds=timeout_seconds, session_id=session_id or None
+            )
+        except (OverloadedError, NotImplementedByServerError) as error:
+            self._say_fallback(error)
+            return None
+        kind = _KINDS.get(response.transport)
+        if kind is None:
+            self._say_fallback(f"the server offers none of {', '.join(transports)}")
+            return None
+        try:
+            return run_blocking(kind, response.transfer_id, response.server_descriptor, response.size_bytes)
+        except SegmentUnreachableError as error:
+            self._close_on_server(response.transfer_id, timeout_seconds)
+            self._say_fallback(error)
+            return None
+
+    def close_transfer(self, segment: SharedSegment | CudaSegment, *, timeout_seconds: float | None = None) -> None:
+        """Give a segment back. Arrays of shared memory stay good, tensors in device memory do not."""
+        run_blocking(segment.close)
+        self._close_on_server(segment.transfer_id, timeout_seconds)
+
+    def _close_on_server(self, transfer_id: str, timeout_seconds: float | None) -> None:
+        request = kv_transfer_service_pb2.CloseTransferRequest(transfer_id=transfer_id, completed=True)
+        with suppress(TransferUnknownError):  # gone with its connection
+            self._call(_STUB, "CloseTransfer", request, timeout_seconds=timeout_seconds)
+
+    def _say_fallback(self, reason: object) -> None:
+        if not self._said_fallback:
+            self._said_fallback = True
+            warnings.warn(
+                f"no memory is shared with the server at {self.target}, so KV goes through messages: {reason}",
+                SegmentFallbackWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,220 @@
+"""KV within a prefill's stream: each layer's is sent while later ones are computed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from contextlib import ExitStack, suppress
+
+from sale_prefill.kv_frames import PREFILL_FRAMES
+from sale_prefill.v1 import kv_pb2
+from sale_prefill.v1 import prefill_service_pb2 as pb
+from sale_prefill_server.errors import invalid_field
+from sale_prefill_server.events import EventBus, KvTransferred
+from sale_prefill_server.kv.pool import SessionKv
+from sale_prefill_server.rpc.convert import Converter
+from sale_prefill_server.rpc.kv_messages import (
+    checksum_of,
+    checksum_value,
+    chunk_bytes_of,
+    layout_of,
+    layout_value,
+    range_message,
+    range_of,
+    require_spec,
+)
+from sale_prefill_server.sessions.session import token_digest
+from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
+from sale_prefill_server.transfer.kv_reader import KvReader
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES
+from sale_prefill_server.transfer.segment_placement import SegmentPlacement
+from sale_prefill_server.transfer.segments import SegmentBroker
+
+
+class InlineStreams:
+    """Opens the KV part of prefills.
+
+    Args:
+        converter: messages.
+        events: told of each stream.
+        executor: threads that copy and digest chunks.
+        segments: memory beside gRPC.
+        max_message_bytes: the server's limit; a chunk may have half of it.
+        chunk_tokens: the engine's prefill chunk: KV of a chunk goes out in all layers before that of the next.
+    """
+
+    def __init__(
+        self,
+        converter: Converter,
+        events: EventBus,
+        executor: Executor,
+        segments: SegmentBroker,
+        max_message_bytes: int,
+        chunk_tokens: int,
+    ) -> None:
+        self._converter = converter
+        self.events = events
+        self.executor = executor
+        self._segments = segments
+        self._max_chunk_bytes = max_message_bytes // 2
+        self._chunk_tokens = chunk_tokens
+
+    def check(self, asked: pb.InlineKv) -> None:
+        """What can be refused before anything is computed.
+
+        Raises:
+            PrefillError: INVALID_FIELD, KV_SPEC_MISMATCH.
+        """
+        layout = layout_of(asked.layout, "inline_kv.layout")
+        checksum_of(asked.checksum_algorithm, "inline_kv.checksum_algorithm")
+        chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes)
+        require_spec(self._converter.kv_spec(layout_value(layout)), asked.expected_spec, "inline_kv.expected_spec")
+
+    def open(self, asked: pb.InlineKv, tenant: str, tokens: array[int], kv: SessionKv) -> InlineStream:
+        """A stream of the KV that `kv` gets. The caller closes it.
+
+        Args:
+            asked: of a request that `check` let pass.
+            tenant: of the caller.
+            tokens: all that the session holds when the prefill is done.
+            kv: with a reference that becomes the stream's.
+
+        Raises:
+            PrefillError: INVALID_FIELD, TRANSFER_UNKNOWN.
+        """
+        stack = ExitStack()
+        stack.callback(kv.release)
+        try:
+            layout, checksum = layout_of(asked.layout), checksum_of(asked.checksum_algorithm)
+            range_ = resolve_range(range_of(asked.range), kv.shape, len(tokens))
+            step = self._chunk_tokens
+            boundaries = range(range_.token_start // step * step + step, range_.token_end, step)
+            plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes), boundaries)
+            if asked.resume_from_chunk > plan.total_chunks:
+                raise invalid_field(
+                    "inline_kv.resume_from_chunk",
+                    f"{asked.resume_from_chunk}: the stream has {plan.total_chunks} chunks",
+                )
+            place, transport = None, "grpc"
+            if asked.transfer_id:
+                segment = stack.enter_context(self._segments.borrow(tenant, asked.transfer_id))
+                place, transport = SegmentPlacement(segment, kv.shape, range_, layout, checksum), segment.transport
+            manifest = kv_pb2.KvManifest(
+                spec=self._converter.kv_spec(layout_value(layout)),
+                range=range_message(range_),
+                total_bytes=plan.total_bytes,
+                total_chunks=plan.total_chunks,
+                checksum_algorithm=checksum_value(checksum),
+                token_digest=token_digest(tokens[: range_.token_end]),
+            )
+            reader = KvReader(kv, plan, layout, checksum, PREFILL_FRAMES, place)
+        except BaseException:
+            stack.close()
+            raise
+        return InlineStream(self, kv, reader, manifest, asked.resume_from_chunk, str(transport), stack)
+
+
+class InlineStream:
+    """One prefill's KV as frames, in the order in which it is computed. Owns its reference and its segment."""
+
+    def __init__(
+        self,
+        owner: InlineStreams,
+        kv: SessionKv,
+        reader: KvReader,
+        manifest: kv_pb2.KvManifest,
+        first_chunk: int,
+        transport: str,
+        stack: ExitStack,
+    ) -> None:
+        self._owner = owner
+        self._kv = kv
+        self._reader = reader
+        self.manifest = manifest
+        self._next = first_chunk
+        self._transport = transport
+        self._stack = stack
+        self._started = time.perf_counter()
+        self._sent_bytes = 0
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Every chunk as soon as it is there."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
+                loop.call_soon_threadsafe(changed.set)
+
+        batch = max(1, BATCH_BYTES // self._reader.plan.chunk_bytes)
+        with self._kv.watched(wake):
+            while self._next < self._reader.plan.total_chunks:
+                changed.clear()
+                end = self._ready_until(self._next + batch)
+                if end == self._next:
+                    await changed.wait()
+                    continue
+                for frame in await loop.run_in_executor(self._owner.executor, self._frames, self._next, end):
+                    yield frame
+                    self._sent_bytes += len(frame)
+                self._next = end
+
+    def _frames(self, start: int, end: int) -> list[bytes]:
+        return [self._reader.frame(index) for index in range(start, end)]
+
+    def _ready_until(self, most: int) -> int:
+        """The first chunk that is not there yet, `most` at most."""
+        plan, kv, index = self._reader.plan, self._kv, self._next
+        if kv.is_loading:
+            return index
+        while index < min(most, plan.total_chunks):
+            chunk = plan[index]
+            if kv.length(chunk.layer) < chunk.token_start + chunk.num_tokens:
+                break
+            index += 1
+        return index
+
+    def close(self) -> None:
+        """Lets the KV and the segment go."""
+        self._stack.close()
+        failure = "" if self._next == self._reader.plan.total_chunks else "cancelled"
+        seconds = time.perf_counter() - self._started
+        self._owner.events.emit(KvTransferred("inline", self._transport, self._sent_bytes, seconds, failure))
+
+
+async def merged(
+    events: AsyncIterator[object], frames: AsyncIterator[bytes], is_last: Callable[[object], bool]
+) -> AsyncIterator[object]:
+    """Events and frames as they come; the last event after all frames. An error of either ends both."""
+    queue: asyncio.Queue[tuple[object, BaseException | None]] = asyncio.Queue(1)
+    end = object()
+
+    async def pump(source: AsyncIterator[object]) -> None:
+        try:
+            async for item in source:
+                await queue.put((item, None))
+            await queue.put((end, None))
+        except Exception as error:
+            await queue.put((None, error))
+
+    tasks = [asyncio.create_task(pump(source)) for source in (events, frames)]
+    last, ended = None, 0
+    try:
+        while ended < len(tasks):
+            item, error = await queue.get()
+            if error is not None:
+                raise error
+            if item is end:
+                ended += 1
+            elif is_last(item):
+                last = item
+            else:
+                yield item
+        if last is not None:
+            yield last
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
