@@ -78,7 +78,7 @@ class PushStream:
                 if not isinstance(frame, ChunkFrame):
                     raise invalid_field("header", "came twice: chunks follow the first one")
                 batch.append(order.check(frame))
-                batch_bytes += len(frame.data)
+                batch_bytes += self._upload.writer.num_bytes(frame)
                 if writing is None or writing.done() or batch_bytes >= BATCH_BYTES:
                     await self._written(writing)
                     writing = self._write(batch)
