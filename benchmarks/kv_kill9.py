@@ -318,7 +318,9 @@ class Inspector:
         expected, wanted = self._reference.answer(tokens)
         off = max(abs(a - b) for a, b in zip(logprobs, wanted, strict=True))
         if found != expected or off > _LOGPROB_TOLERANCE:
-            self._wrong("corrupt", f"{name} of {len(tokens)} tokens: {found}, not {expected}; logprobs off by {off:.2g}")
+            self._wrong(
+                "corrupt", f"{name} of {len(tokens)} tokens: {found}, not {expected}; logprobs off by {off:.2g}"
+            )
             return False
         return True
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, aclosing
 
 import grpc
 
-from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, message_digest
+from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, keep_freed_memory, message_digest
 from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
@@ -70,6 +70,7 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         uploads: Uploads,
         max_message_bytes: int,
     ) -> None:
+        keep_freed_memory()
         self._manager = manager
         self._admission = admission
         self._converter = converter
