@@ -302,13 +302,14 @@ class Stall:
     stalled_p99_seconds: float
 
 
-def stalled_reader(stall_seconds: float = STALL_SECONDS, readers: int = 4) -> Stall:
-    """Opens `readers` pulls of 256 MiB, takes one message of each, and no more."""
+def stalled_reader(stall_seconds: float = STALL_SECONDS, readers: int = 8) -> Stall:
+    """Opens `readers` pulls of 256 MiB, takes one message of each, and no more.
+
+    Nothing was pulled before, so that memory that the server keeps for the next messages counts, too.
+    """
     with wide_server_process() as served, ExitStack() as stack:
         target = served.client.target
         _push(target, "sync", 2**20, keep=True)
-        for _ in range(2):
-            _pull(target, "sync", 2**20)
         calm = _p99(served.client, stall_seconds)
         before = served.memory_bytes("VmRSS")
         stub_class = kv_transfer_service_pb2_grpc.KvTransferServiceStub

@@ -86,7 +86,8 @@ class InlineStreams:
             PrefillError: INVALID_FIELD, TRANSFER_UNKNOWN.
         """
         stack = ExitStack()
-        stack.callback(kv.release)
+        kept = _Kept(kv)
+        stack.callback(kept.release)
         try:
             layout, checksum = layout_of(asked.layout), checksum_of(asked.checksum_algorithm)
             range_ = resolve_range(range_of(asked.range), kv.shape, len(tokens))
@@ -102,19 +103,36 @@ class InlineStreams:
             if asked.transfer_id:
                 segment = stack.enter_context(self._segments.borrow(tenant, asked.transfer_id))
                 place, transport = SegmentPlacement(segment, kv.shape, range_, layout, checksum), segment.transport
-            manifest = kv_pb2.KvManifest(
-                spec=self._converter.kv_spec(layout_value(layout)),
-                range=range_message(range_),
-                total_bytes=plan.total_bytes,
-                total_chunks=plan.total_chunks,
-                checksum_algorithm=checksum_value(checksum),
-                token_digest=token_digest(tokens[: range_.token_end]),
-            )
-            reader = KvReader(kv, plan, layout, checksum, PREFILL_FRAMES, place)
         except BaseException:
             stack.close()
             raise
-        return InlineStream(self, kv, reader, manifest, asked.resume_from_chunk, str(transport), stack)
+        manifest = kv_pb2.KvManifest(
+            spec=self._converter.kv_spec(layout_value(layout)),
+            range=range_message(range_),
+            total_bytes=plan.total_bytes,
+            total_chunks=plan.total_chunks,
+            checksum_algorithm=checksum_value(checksum),
+            token_digest=token_digest(tokens[: range_.token_end]),
+        )
+
+        def reader(kv: SessionKv) -> KvReader:
+            return KvReader(kv, plan, layout, checksum, PREFILL_FRAMES, place)
+
+        return InlineStream(self, kept, plan, reader, manifest, asked.resume_from_chunk, str(transport), stack)
+
+
+class _Kept:
+    """The one reference of a stream to the KV that it reads."""
+
+    def __init__(self, kv: SessionKv) -> None:
+        self.kv = kv
+
+    def replace(self, kv: SessionKv) -> None:
+        self.kv.release()
+        self.kv = kv
+
+    def release(self) -> None:
+        self.kv.release()
 
 
 class InlineStream:
@@ -123,15 +141,17 @@ class InlineStream:
     def __init__(
         self,
         owner: InlineStreams,
-        kv: SessionKv,
-        reader: KvReader,
+        kept: _Kept,
+        plan: ChunkPlan,
+        reader: Callable[[SessionKv], KvReader],
         manifest: kv_pb2.KvManifest,
         first_chunk: int,
         transport: str,
         stack: ExitStack,
     ) -> None:
         self._owner = owner
-        self._kv = kv
+        self._kept = kept
+        self._plan = plan
         self._reader = reader
         self.manifest = manifest
         self._next = first_chunk
@@ -139,38 +159,51 @@ class InlineStream:
         self._stack = stack
         self._started = time.perf_counter()
         self._sent_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+
+    def go_on_with(self, kv: SessionKv) -> None:
+        """The job was admitted anew, maybe with a session of its own; what was sent holds. Takes over a reference."""
+        self._kept.replace(kv)
+        self._changed.set()
 
     async def frames(self) -> AsyncIterator[bytes]:
         """Every chunk as soon as it is there."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        batch = max(1, BATCH_BYTES // self._plan.chunk_bytes)
+        while self._next < self._plan.total_chunks:
+            kv = self._kept.kv
+            reader = self._reader(kv)
+            with kv.watched(self._wake):
+                while self._next < self._plan.total_chunks and kv is self._kept.kv:
+                    self._changed.clear()
+                    end = self._ready_until(kv, self._next + batch)
+                    if end == self._next:
+                        await self._changed.wait()
+                        continue
+                    async for frame in self._read(kv, reader, end):
+                        yield frame
+                    self._next = end
 
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
-                loop.call_soon_threadsafe(changed.set)
+    async def _read(self, kv: SessionKv, reader: KvReader, end: int) -> AsyncIterator[bytes]:
+        kv.acquire()  # while a thread reads, whatever becomes of the stream
+        start = self._next
+        making = self._owner.executor.submit(lambda: [reader.frame(index) for index in range(start, end)])
+        making.add_done_callback(lambda _: kv.release())
+        for frame in await asyncio.wrap_future(making):
+            yield frame
+            self._sent_bytes += len(frame)
 
-        batch = max(1, BATCH_BYTES // self._reader.plan.chunk_bytes)
-        with self._kv.watched(wake):
-            while self._next < self._reader.plan.total_chunks:
-                changed.clear()
-                end = self._ready_until(self._next + batch)
-                if end == self._next:
-                    await changed.wait()
-                    continue
-                for frame in await loop.run_in_executor(self._owner.executor, self._frames, self._next, end):
-                    yield frame
-                    self._sent_bytes += len(frame)
-                self._next = end
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
+            self._loop.call_soon_threadsafe(self._changed.set)
 
-    def _frames(self, start: int, end: int) -> list[bytes]:
-        return [self._reader.frame(index) for index in range(start, end)]
-
-    def _ready_until(self, most: int) -> int:
+    def _ready_until(self, kv: SessionKv, most: int) -> int:
         """The first chunk that is not there yet, `most` at most."""
-        plan, kv, index = self._reader.plan, self._kv, self._next
+        index = self._next
         if kv.is_loading:
             return index
-        while index < min(most, plan.total_chunks):
-            chunk = plan[index]
+        while index < min(most, self._plan.total_chunks):
+            chunk = self._plan[index]
             if kv.length(chunk.layer) < chunk.token_start + chunk.num_tokens:
                 break
             index += 1
@@ -179,7 +212,7 @@ class InlineStream:
     def close(self) -> None:
         """Lets the KV and the segment go."""
         self._stack.close()
-        failure = "" if self._next == self._reader.plan.total_chunks else "cancelled"
+        failure = "" if self._next == self._plan.total_chunks else "cancelled"
         seconds = time.perf_counter() - self._started
         self._owner.events.emit(KvTransferred("inline", self._transport, self._sent_bytes, seconds, failure))
 

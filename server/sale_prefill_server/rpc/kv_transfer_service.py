@@ -32,7 +32,7 @@ from sale_prefill_server.rpc.transfer_calls import TransferCalls
 from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState
-from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
+from sale_prefill_server.transfer.chunks import ChunkPlan, layer_token_bytes, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
 from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
@@ -80,6 +80,7 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         """Manifest, then chunks. The stream reads one generation; later appends do not disturb it."""
         session = self._readable_session(request)
         await brought_back(self._admission, session)
+        session = self._readable_session(request)  # it may have changed meanwhile
         kv = session.sequence.kv.acquire()
         started, sent_bytes, failure, transport = time.perf_counter(), 0, "cancelled", "grpc"
         try:
@@ -96,9 +97,11 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
                 batch = max(1, BATCH_BYTES // reader.plan.chunk_bytes)
                 frames = read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch)
                 async with aclosing(frames):
+                    index = request.resume_from_chunk
                     async for frame in frames:
                         yield frame
-                        sent_bytes += len(frame)
+                        sent_bytes += reader.plan[index].num_tokens * layer_token_bytes(kv.shape)
+                        index += 1
             failure = ""
         except PrefillError as error:
             failure = str(error.reason).lower()
