@@ -23,16 +23,17 @@ CHUNK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Run:
-    """One prefill with KV.
+    """One prefill with KV; seconds from the call on.
 
     Attributes:
-        seconds: until the result and all KV were there, from the call.
-        first_layer_seconds: from the first event, that the request is accepted, until keys and values of layer 0 were
-            there, for all tokens of the first chunk.
+        seconds: until the result and all KV were there.
+        accepted_seconds: until the first event, that the request is accepted.
+        first_layer_seconds: until keys and values of layer 0 were there, for all tokens of the first chunk.
         first_chunk_seconds: the same until every layer's were there.
     """
 
     seconds: float
+    accepted_seconds: float
     first_layer_seconds: float
     first_chunk_seconds: float
 
@@ -101,18 +102,18 @@ def _run(client: Client, tokens: list[int], chunk_tokens: int, num_layers: int) 
     for event in client.prefill_events(tokens, prefix_reuse=False, inline_kv=True):
         now = time.perf_counter()
         if isinstance(event, PrefillAccepted):
-            accepted = now
+            accepted = now - started
         elif isinstance(event, KvArrived):
             missing[event.layer, event.kind] -= max(0, min(event.token_end, chunk_tokens) - event.token_start)
             if not first_layer and not missing[0, 0] and not missing[0, 1]:
-                first_layer = now - accepted
+                first_layer = now - started
             if not first_chunk and not any(missing.values()):
-                first_chunk = now - accepted
+                first_chunk = now - started
         elif isinstance(event, PrefillResult):
             result = event
     if result.kv is None or not first_chunk:
         raise RuntimeError("no KV came with the prefill")
-    return Run(now - started, first_layer, first_chunk), result
+    return Run(now - started, accepted, first_layer, first_chunk), result
 
 
 def _same(one: KvCache | None, other: KvCache) -> bool:
