@@ -366,6 +366,15 @@ def measure(kills: int = 100, *, threads: int = 3, seed: int = 1, arguments: Seq
     return outcome
 
 
+def describe(outcome: Outcome) -> str:
+    """The counts, in words."""
+    return (
+        f"{outcome.kills} kills, {outcome.acknowledged} acknowledgements, {outcome.checked} times an acknowledged "
+        f"session looked for: {outcome.lost} lost, {outcome.corrupt} corrupt, {outcome.resurrected} resurrected, "
+        f"{outcome.strangers} strangers, {outcome.weaker} weaker answers"
+    )
+
+
 def main() -> int:
     """Prints the counts; fails where something went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -376,12 +385,7 @@ def main() -> int:
     outcome = measure(options.kills, threads=options.threads, seed=options.seed)
     for note in outcome.notes:
         print(note)
-    print(
-        f"{outcome.kills} kills, {outcome.acknowledged} acknowledgements, {outcome.checked} times an acknowledged "
-        f"session looked for: {outcome.lost} lost, {outcome.corrupt} corrupt, {outcome.resurrected} resurrected, "
-        f"{outcome.strangers} strangers, {outcome.weaker} weaker answers; ready after {max(outcome.ready_seconds):.1f} s "
-        "at most"
-    )
+    print(describe(outcome))
     return 0 if outcome.faultless else 1
 
 
