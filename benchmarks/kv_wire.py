@@ -91,6 +91,8 @@ def _both_sides() -> Iterator[_Sides]:
         bare = stack.enter_context(ProcessPoolExecutor(1, spawn))
         kv = stack.enter_context(ProcessPoolExecutor(1, spawn))
         kv.submit(_push, kv_target, "sync", 2**20, keep=True).result()
+        for _ in range(2):  # until every page of the pool has been written once
+            kv.submit(_push, kv_target, "sync", 2**20).result()
         yield _Sides(bare, bare_target, kv, kv_target)
 
 
@@ -137,7 +139,7 @@ def wide_server_process(*arguments: str) -> Iterator[Any]:
             max_position_embeddings=2 * KV_TOKENS,
         )
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-        with serving("--model", directory, "--profile", "none", "--kv-memory", "1G", *arguments) as served:
+        with serving("--model", directory, "--profile", "none", "--kv-memory", "768M", *arguments) as served:
             yield served
 
 
@@ -302,13 +304,14 @@ class Stall:
     stalled_p99_seconds: float
 
 
-def stalled_reader(stall_seconds: float = STALL_SECONDS, readers: int = 4) -> Stall:
-    """Opens `readers` pulls of 256 MiB, takes one message of each, and no more."""
+def stalled_reader(stall_seconds: float = STALL_SECONDS, readers: int = 8) -> Stall:
+    """Opens `readers` pulls of 256 MiB, takes one message of each, and no more.
+
+    Nothing was pulled before, so that memory that the server keeps for the next messages counts, too.
+    """
     with wide_server_process() as served, ExitStack() as stack:
         target = served.client.target
         _push(target, "sync", 2**20, keep=True)
-        for _ in range(2):
-            _pull(target, "sync", 2**20)
         calm = _p99(served.client, stall_seconds)
         before = served.memory_bytes("VmRSS")
         stub_class = kv_transfer_service_pb2_grpc.KvTransferServiceStub

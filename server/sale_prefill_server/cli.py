@@ -30,7 +30,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + item.name.replace("_", "-")
         text = f"{item.metadata['help']} (default {item.default!r}; ${ENVIRONMENT_PREFIX}{item.name.upper()})"
         if isinstance(item.default, bool):
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             parser.add_argument(flag, metavar="X", default=None, help=text.replace("%", "%%"))
 

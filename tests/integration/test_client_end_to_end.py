@@ -150,8 +150,8 @@ class TestSessions:
             client.prefill([5] * 5000)
         with pytest.raises(errors.InvalidSamplingError):
             client.generate(session_id, sampling=Sampling(temperature=-1.0))
-        with pytest.raises(errors.NotImplementedByServerError):
-            client.fork_session(session_id)
+        with pytest.raises(errors.InvalidFieldError, match="99 of a session that holds 3"):
+            client.fork_session(session_id, num_tokens=99)
         assert client.get_session(session_id).num_tokens == 3
 
     async def test_the_async_client_does_the_same(self, server: RunningServer, client: Client) -> None:

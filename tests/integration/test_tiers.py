@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,7 +14,8 @@ from sale_prefill.v1 import prefill_service_pb2 as prefill_pb
 from sale_prefill.v1 import session_service_pb2 as pb
 from sale_prefill_client import Client
 from sale_prefill_client.tokens import token_digest
-from tests.support import call_error, running_server, tokens_of
+from sale_prefill_server.store.located import LayerPart
+from tests.support import RunningServer, call_error, running_server, tokens_of
 
 PAGE_BYTES = 128 * 2 * 2 * 2 * 16 * 4 + 128 * 2 * 2 * 16 + 4 * 2 * 2 * 4
 
@@ -174,3 +177,43 @@ def test_an_offloaded_session_can_be_pulled_and_forked(settings: dict[str, objec
         server.sessions.ForkSession(pb.ForkSessionRequest(session_id="kept", new_session_id="fork"))
         assert server.session("fork").num_tokens == 500
         assert server.session("kept").state == pb.SESSION_STATE_READY
+
+
+def test_a_fork_waits_for_the_last_layer_that_is_brought_back(settings: dict[str, object]) -> None:
+    with running_server(**settings) as server, Client(server.target) as client:
+        server.prefill_tokens(tokens_of(500), session_id="kept", retention=keep(pb.DURABILITY_LOCAL))
+        before = client.pull_kv("kept")
+    with running_server(**settings) as server, Client(server.target) as client:
+        slow_down_later_layers(server, seconds=0.3)
+        client.fork_session("kept", new_session_id="fork")
+        assert client.pull_kv("fork").buffer.tobytes() == before.buffer.tobytes()
+
+
+def slow_down_later_layers(server: RunningServer, seconds: float) -> None:
+    """A tier that takes its time between a block's layers."""
+    store = server.server._service.archive._store  # type: ignore[union-attr]
+    read = store.read
+
+    def slowly(*arguments: Any, **options: Any) -> Iterator[LayerPart]:
+        for part in read(*arguments, **options):
+            if part.layer:
+                time.sleep(seconds)
+            yield part
+
+    store.read = slowly  # type: ignore[method-assign]
+
+
+def test_forks_and_changed_policies_are_as_durable_as_promised_when_the_answer_comes(
+    settings: dict[str, object],
+) -> None:
+    with running_server(**settings) as server, Client(server.target) as client:
+        server.prefill_tokens(tokens_of(500), session_id="plain")
+        assert client.fork_session("plain", new_session_id="fork", num_tokens=300, durability="local").durability == (
+            "local"
+        )
+        assert client.update_session("plain", durability="local").durability == "local"
+    with running_server(**settings) as server, Client(server.target) as client:
+        assert {session.session_id: session.num_tokens for session in client.list_sessions()} == {
+            "fork": 300,
+            "plain": 500,
+        }

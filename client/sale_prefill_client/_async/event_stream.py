@@ -17,6 +17,8 @@ class AsyncEventStream:
     Args:
         open_reader: begins the call anew; called once for each attempt.
         attempts: says when to try again.
+
+    `attempt` is the number of the running one, from 1.
     """
 
     def __init__(self, open_reader: Callable[[], EventReader], attempts: Attempts) -> None:
@@ -24,6 +26,7 @@ class AsyncEventStream:
         self._attempts = attempts
         self._reader: EventReader | None = None
         self._cancelled = False
+        self.attempt = 0
 
     async def read(self) -> Any:
         """The next event of the running attempt; None after the last event of a successful one.
@@ -35,6 +38,7 @@ class AsyncEventStream:
             try:
                 if self._reader is None:
                     self._reader = self._open_reader()
+                    self.attempt += 1
                 return await self._reader.read()
             except SalePrefillError as error:
                 if self._reader is not None:

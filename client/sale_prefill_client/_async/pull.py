@@ -233,6 +233,7 @@ class AsyncPullCalls(AsyncSessionCalls, AsyncTransferCalls):
 
 
 async def _assemble(frames: AsyncEventStream, assembler: KvAssembler, report: Callable[[], None]) -> KvCache:
+    opened = 0  # the attempt that has had its manifest
     while not assembler.complete and (raw := await frames.read()) is not None:
         try:
             frame = PULL_FRAMES.decode(raw)
@@ -247,6 +248,9 @@ async def _assemble(frames: AsyncEventStream, assembler: KvAssembler, report: Ca
             frames.progressed()
             report()
         else:
+            if opened == frames.attempt:
+                raise ProtocolError("the KV stream has a manifest too many; pull again")
+            opened = frames.attempt
             if (await frames.initial_metadata()).get(MANIFEST_DIGEST_KEY, expected := message_digest(raw)) != expected:
                 raise ProtocolError("the KV manifest differs from its digest; pull again")
             assembler.add_manifest(frame.manifest)

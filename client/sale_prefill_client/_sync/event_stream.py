@@ -18,6 +18,8 @@ class EventStream:
     Args:
         open_reader: begins the call anew; called once for each attempt.
         attempts: says when to try again.
+
+    `attempt` is the number of the running one, from 1.
     """
 
     def __init__(self, open_reader: Callable[[], EventReader], attempts: Attempts) -> None:
@@ -25,6 +27,7 @@ class EventStream:
         self._attempts = attempts
         self._reader: EventReader | None = None
         self._cancelled = False
+        self.attempt = 0
 
     def read(self) -> Any:
         """The next event of the running attempt; None after the last event of a successful one.
@@ -36,6 +39,7 @@ class EventStream:
             try:
                 if self._reader is None:
                     self._reader = self._open_reader()
+                    self.attempt += 1
                 return self._reader.read()
             except SalePrefillError as error:
                 if self._reader is not None:

@@ -234,6 +234,7 @@ class PullCalls(SessionCalls, TransferCalls):
 
 
 def _assemble(frames: EventStream, assembler: KvAssembler, report: Callable[[], None]) -> KvCache:
+    opened = 0  # the attempt that has had its manifest
     while not assembler.complete and (raw := frames.read()) is not None:
         try:
             frame = PULL_FRAMES.decode(raw)
@@ -248,6 +249,9 @@ def _assemble(frames: EventStream, assembler: KvAssembler, report: Callable[[], 
             frames.progressed()
             report()
         else:
+            if opened == frames.attempt:
+                raise ProtocolError("the KV stream has a manifest too many; pull again")
+            opened = frames.attempt
             if (frames.initial_metadata()).get(MANIFEST_DIGEST_KEY, expected := message_digest(raw)) != expected:
                 raise ProtocolError("the KV manifest differs from its digest; pull again")
             assembler.add_manifest(frame.manifest)

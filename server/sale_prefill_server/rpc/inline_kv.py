@@ -29,7 +29,7 @@ from sale_prefill_server.rpc.kv_messages import (
 from sale_prefill_server.sessions.session import token_digest
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, SEGMENT_BATCH_BYTES
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import SegmentBroker
 
@@ -70,8 +70,11 @@ class InlineStreams:
         """
         layout = layout_of(asked.layout, "inline_kv.layout")
         checksum_of(asked.checksum_algorithm, "inline_kv.checksum_algorithm")
-        chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes)
+        self._chunk_bytes(asked)
         require_spec(self._converter.kv_spec(layout_value(layout)), asked.expected_spec, "inline_kv.expected_spec")
+
+    def _chunk_bytes(self, asked: pb.InlineKv) -> int:
+        return chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes, in_segment=bool(asked.transfer_id))
 
     def open(self, asked: pb.InlineKv, tenant: str, tokens: array[int], kv: SessionKv) -> InlineStream:
         """A stream of the KV that `kv` gets. The caller closes it.
@@ -86,13 +89,14 @@ class InlineStreams:
             PrefillError: INVALID_FIELD, TRANSFER_UNKNOWN.
         """
         stack = ExitStack()
-        stack.callback(kv.release)
+        kept = _Kept(kv)
+        stack.callback(kept.release)
         try:
             layout, checksum = layout_of(asked.layout), checksum_of(asked.checksum_algorithm)
             range_ = resolve_range(range_of(asked.range), kv.shape, len(tokens))
             step = self._chunk_tokens
             boundaries = range(range_.token_start // step * step + step, range_.token_end, step)
-            plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes), boundaries)
+            plan = ChunkPlan(range_, kv.shape, self._chunk_bytes(asked), boundaries)
             if asked.resume_from_chunk > plan.total_chunks:
                 raise invalid_field(
                     "inline_kv.resume_from_chunk",
@@ -102,19 +106,36 @@ class InlineStreams:
             if asked.transfer_id:
                 segment = stack.enter_context(self._segments.borrow(tenant, asked.transfer_id))
                 place, transport = SegmentPlacement(segment, kv.shape, range_, layout, checksum), segment.transport
-            manifest = kv_pb2.KvManifest(
-                spec=self._converter.kv_spec(layout_value(layout)),
-                range=range_message(range_),
-                total_bytes=plan.total_bytes,
-                total_chunks=plan.total_chunks,
-                checksum_algorithm=checksum_value(checksum),
-                token_digest=token_digest(tokens[: range_.token_end]),
-            )
-            reader = KvReader(kv, plan, layout, checksum, PREFILL_FRAMES, place)
         except BaseException:
             stack.close()
             raise
-        return InlineStream(self, kv, reader, manifest, asked.resume_from_chunk, str(transport), stack)
+        manifest = kv_pb2.KvManifest(
+            spec=self._converter.kv_spec(layout_value(layout)),
+            range=range_message(range_),
+            total_bytes=plan.total_bytes,
+            total_chunks=plan.total_chunks,
+            checksum_algorithm=checksum_value(checksum),
+            token_digest=token_digest(tokens[: range_.token_end]),
+        )
+
+        def reader(kv: SessionKv) -> KvReader:
+            return KvReader(kv, plan, layout, checksum, PREFILL_FRAMES, place)
+
+        return InlineStream(self, kept, plan, reader, manifest, asked.resume_from_chunk, str(transport), stack)
+
+
+class _Kept:
+    """The one reference of a stream to the KV that it reads."""
+
+    def __init__(self, kv: SessionKv) -> None:
+        self.kv = kv
+
+    def replace(self, kv: SessionKv) -> None:
+        self.kv.release()
+        self.kv = kv
+
+    def release(self) -> None:
+        self.kv.release()
 
 
 class InlineStream:
@@ -123,15 +144,17 @@ class InlineStream:
     def __init__(
         self,
         owner: InlineStreams,
-        kv: SessionKv,
-        reader: KvReader,
+        kept: _Kept,
+        plan: ChunkPlan,
+        reader: Callable[[SessionKv], KvReader],
         manifest: kv_pb2.KvManifest,
         first_chunk: int,
         transport: str,
         stack: ExitStack,
     ) -> None:
         self._owner = owner
-        self._kv = kv
+        self._kept = kept
+        self._plan = plan
         self._reader = reader
         self.manifest = manifest
         self._next = first_chunk
@@ -139,38 +162,53 @@ class InlineStream:
         self._stack = stack
         self._started = time.perf_counter()
         self._sent_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+
+    def go_on_with(self, kv: SessionKv) -> None:
+        """The job was admitted anew, maybe with a session of its own; what was sent holds. Takes over a reference."""
+        self._kept.replace(kv)
+        self._changed.set()
 
     async def frames(self) -> AsyncIterator[bytes]:
         """Every chunk as soon as it is there."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        batch_bytes = BATCH_BYTES if self._transport == "grpc" else SEGMENT_BATCH_BYTES
+        batch = max(1, batch_bytes // self._plan.chunk_bytes)
+        while self._next < self._plan.total_chunks:
+            kv = self._kept.kv
+            reader = self._reader(kv)
+            with kv.watched(self._wake):
+                while self._next < self._plan.total_chunks and kv is self._kept.kv:
+                    self._changed.clear()
+                    end = self._ready_until(kv, self._next + batch)
+                    if end == self._next:
+                        await self._changed.wait()
+                        continue
+                    async for frame in self._read(kv, reader, end):
+                        yield frame
+                    self._next = end
 
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
-                loop.call_soon_threadsafe(changed.set)
+    async def _read(self, kv: SessionKv, reader: KvReader, end: int) -> AsyncIterator[bytes]:
+        kv.acquire()  # while a thread reads, whatever becomes of the stream
+        start = self._next
+        making = self._owner.executor.submit(lambda: [reader.frame(index) for index in range(start, end)])
+        making.add_done_callback(lambda _: kv.release())
+        made: list[bytes] = await asyncio.wrap_future(making)
+        for index, frame in enumerate(made, start):
+            yield frame
+            self._sent_bytes += self._plan.num_bytes(index)
 
-        batch = max(1, BATCH_BYTES // self._reader.plan.chunk_bytes)
-        with self._kv.watched(wake):
-            while self._next < self._reader.plan.total_chunks:
-                changed.clear()
-                end = self._ready_until(self._next + batch)
-                if end == self._next:
-                    await changed.wait()
-                    continue
-                for frame in await loop.run_in_executor(self._owner.executor, self._frames, self._next, end):
-                    yield frame
-                    self._sent_bytes += len(frame)
-                self._next = end
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
+            self._loop.call_soon_threadsafe(self._changed.set)
 
-    def _frames(self, start: int, end: int) -> list[bytes]:
-        return [self._reader.frame(index) for index in range(start, end)]
-
-    def _ready_until(self, most: int) -> int:
+    def _ready_until(self, kv: SessionKv, most: int) -> int:
         """The first chunk that is not there yet, `most` at most."""
-        plan, kv, index = self._reader.plan, self._kv, self._next
+        index = self._next
         if kv.is_loading:
             return index
-        while index < min(most, plan.total_chunks):
-            chunk = plan[index]
+        while index < min(most, self._plan.total_chunks):
+            chunk = self._plan[index]
             if kv.length(chunk.layer) < chunk.token_start + chunk.num_tokens:
                 break
             index += 1
@@ -179,7 +217,7 @@ class InlineStream:
     def close(self) -> None:
         """Lets the KV and the segment go."""
         self._stack.close()
-        failure = "" if self._next == self._reader.plan.total_chunks else "cancelled"
+        failure = "" if self._next == self._plan.total_chunks else "cancelled"
         seconds = time.perf_counter() - self._started
         self._owner.events.emit(KvTransferred("inline", self._transport, self._sent_bytes, seconds, failure))
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import grpc
 
-from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, message_digest
+from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, keep_freed_memory, message_digest
 from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
@@ -71,6 +71,7 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         uploads: Uploads,
         max_message_bytes: int,
     ) -> None:
+        keep_freed_memory()
         self._manager = manager
         self._admission = admission
         self._converter = converter
@@ -86,6 +87,7 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         """Manifest, then chunks. The stream reads one generation; later appends do not disturb it."""
         session = self._readable_session(request)
         await brought_back(self._admission, session)
+        session = self._readable_session(request)  # it may have changed meanwhile
         kv = session.sequence.kv.acquire()
         started, sent_bytes, failure, transport = time.perf_counter(), 0, "cancelled", "grpc"
         try:

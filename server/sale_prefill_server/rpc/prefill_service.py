@@ -67,7 +67,7 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
                 async with aclosing(both):  # type: ignore[type-var]  # a generator
                     async for item in both:
                         if isinstance(item, Admitted) and item.kv is not None:
-                            item.kv.release()  # admitted again; the stream has its reference
+                            stream.go_on_with(item.kv)
                         yield item
             finally:
                 stream.close()

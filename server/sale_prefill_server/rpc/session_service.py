@@ -13,6 +13,7 @@ from sale_prefill.v1 import session_service_pb2_grpc
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.rpc.convert import Converter, identifier, labels_of, required_identifier, seconds_of
 from sale_prefill_server.rpc.interceptor import current_caller
+from sale_prefill_server.rpc.promises import promise_kept
 from sale_prefill_server.rpc.residency import brought_back
 from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.scheduler.scheduler import Scheduler
@@ -114,6 +115,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         retention = wanted if "retention" in paths else replace(held, **named)
         labels = labels_of(asked.labels) if "labels" in paths else None
         self._manager.update(session, retention if retention != held else None, labels)
+        await promise_kept(session)
         return pb.UpdateSessionResponse(session=self._converter.session(self._manager.describe(session)))
 
     async def ForkSession(  # noqa: N802
@@ -126,6 +128,7 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         await brought_back(self._admission, parent)
         # Off the loop: the last page is copied.
         child = await asyncio.to_thread(self._manager.fork, parent, new_id, request.num_tokens, retention)
+        await promise_kept(child)
         return pb.ForkSessionResponse(session=self._converter.session(self._manager.describe(child)))
 
     async def DeleteSession(  # noqa: N802

@@ -40,3 +40,5 @@ class RestoreTask(PrefillTask):
     """Brings a session's KV back to the device; computes what no tier has."""
 
     kind = "restore"
+    # It has no step that would wait for later layers, and the session is idle, for anyone to read, once it is over.
+    _overlaps_loading = False

@@ -43,6 +43,8 @@ class Task(ABC):
     """
 
     kind: str
+    #: Steps begin when the first layer has been brought back, and wait for later ones as they come to them.
+    _overlaps_loading = True
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Task(ABC):
         session, append = self.session, self._append
         sequence = session.sequence
         own = not session.is_resident
-        overlaps = self._loads == 0
+        overlaps = self._overlaps_loading and self._loads == 0
         self._loads += 1
         sequence.kv.reserve(self.room_tokens)
         if own:

@@ -82,23 +82,23 @@ def test_tokens_can_be_written_in_any_order_and_counted_at_the_end() -> None:
 
 
 def test_threads_write_side_by_side() -> None:
-    kv = pool_of(8).create()
-    kv.reserve(8 * PAGE_TOKENS)
-    whole = rows(8 * PAGE_TOKENS, 1)[0].transpose(0, 1)
+    kv = pool_of(2).create()
+    kv.reserve(2 * PAGE_TOKENS)
+    whole = rows(2 * PAGE_TOKENS, 1)[0].transpose(0, 1)
 
     def write(first: int) -> None:
         for _ in range(20):
-            for start in range(first, 8 * PAGE_TOKENS, 128):
-                kv.write(0, 0, start, whole[start : start + 64])
+            for start in range(first, 2 * PAGE_TOKENS, 4):
+                kv.write(0, 0, start, whole[start : start + 2])
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(2) as threads:
-            list(threads.map(write, (0, 64)))
+            list(threads.map(write, (0, 2)))
     finally:
         sys.setswitchinterval(interval)
-    kv.extend_to(8 * PAGE_TOKENS)
+    kv.extend_to(2 * PAGE_TOKENS)
     assert torch.equal(contents(kv), whole)
 
 
