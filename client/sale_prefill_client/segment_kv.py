@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _Placed = tuple[ChunkFrame | kv_pb2.KvChunk, npt.NDArray[np.uint8]]
 
 #: Bytes of a push that one message announces: costs one message for them, and has the server begin early.
-_GROUP_BYTES = 8 * 2**20
+_GROUP_BYTES = 16 * 2**20
 
 
 class SegmentAssembler(KvAssembler):
