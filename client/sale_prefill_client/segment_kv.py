@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 
 _Placed = tuple[ChunkFrame | kv_pb2.KvChunk, npt.NDArray[np.uint8]]
 
-#: Bytes of a push that one message announces: costs one message for them, and has the server begin early.
-_GROUP_BYTES = 16 * 2**20
+#: Bytes of a push that one message announces: enough that messages cost little beside them, and few enough that the
+#: server has something to do all the time.
+_GROUP_BYTES = 2**25
+#: Threads that copy and digest a push.
+_MAKERS = 2
 
 
 class SegmentAssembler(KvAssembler):
@@ -145,19 +149,29 @@ class SegmentChunks(KvChunks):
 
     def frames(self, runs: Runs) -> Iterator[tuple[bytes, int]]:
         """Messages of the chunks in half-open runs of indices, several in each, with the bytes of KV that are in place
-        by then."""
-        group: list[ChunkFrame] = []
-        num_bytes = 0
-        for start, end in runs:
-            for index in range(start, end):
-                frame = self._placed(index)
-                group.append(frame)
-                num_bytes += frame.num_tokens * self._token_bytes
-                if num_bytes >= _GROUP_BYTES:
-                    yield PUSH_FRAMES.encode_group(group), num_bytes
-                    group, num_bytes = [], 0
+        by then; made in threads while earlier ones are sent."""
+        groups = self._groups(runs)
+        with ThreadPoolExecutor(_MAKERS, "sale-prefill-push") as pool:
+            making = deque(pool.submit(self._group, group) for group in islice(groups, _MAKERS))
+            while making:
+                made = making.popleft().result()
+                making.extend(pool.submit(self._group, group) for group in islice(groups, 1))
+                yield made
+
+    def _groups(self, runs: Runs) -> Iterator[list[int]]:
+        group: list[int] = []
+        enough = 1  # the first chunk alone, so that the server begins at once
+        for index in chain.from_iterable(range(*run) for run in runs):
+            group.append(index)
+            if len(group) >= enough:
+                yield group
+                group, enough = [], max(1, _GROUP_BYTES // (self._tokens_per_chunk * self._token_bytes))
         if group:
-            yield PUSH_FRAMES.encode_group(group), num_bytes
+            yield group
+
+    def _group(self, indices: list[int]) -> tuple[bytes, int]:
+        frames = [self._placed(index) for index in indices]
+        return PUSH_FRAMES.encode_group(frames), sum(frame.num_tokens for frame in frames) * self._token_bytes
 
     def _placed(self, index: int) -> ChunkFrame:
         """Brings a chunk to its place."""

@@ -16,7 +16,7 @@ _Made = TypeVar("_Made")
 #: one that is being sent and the next.
 BATCH_BYTES = 4 * 2**20
 #: The same where the bytes go to a segment and nothing is held.
-SEGMENT_BATCH_BYTES = 16 * 2**20
+SEGMENT_BATCH_BYTES = 32 * 2**20
 #: Batches of a stream through a segment that are made at once.
 SEGMENT_WRITERS = 2
 
