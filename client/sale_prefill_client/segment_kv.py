@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +31,7 @@ _Placed = tuple[ChunkFrame | kv_pb2.KvChunk, npt.NDArray[np.uint8]]
 
 #: Bytes of a push that one message announces: enough that messages cost little beside them, and few enough that the
 #: server has something to do all the time.
-_GROUP_BYTES = 2**25
-#: Threads that copy and digest a push.
-_MAKERS = 2
+_GROUP_BYTES = 2**24
 
 
 class SegmentAssembler(KvAssembler):
@@ -149,14 +147,8 @@ class SegmentChunks(KvChunks):
 
     def frames(self, runs: Runs) -> Iterator[tuple[bytes, int]]:
         """Messages of the chunks in half-open runs of indices, several in each, with the bytes of KV that are in place
-        by then; made in threads while earlier ones are sent."""
-        groups = self._groups(runs)
-        with ThreadPoolExecutor(_MAKERS, "sale-prefill-push") as pool:
-            making = deque(pool.submit(self._group, group) for group in islice(groups, _MAKERS))
-            while making:
-                made = making.popleft().result()
-                making.extend(pool.submit(self._group, group) for group in islice(groups, 1))
-                yield made
+        by then."""
+        return map(self._group, self._groups(runs))
 
     def _groups(self, runs: Runs) -> Iterator[list[int]]:
         group: list[int] = []
