@@ -163,7 +163,7 @@ def measure_large_model(
     files = tuple(locate_traces(traces))
     model = replace(model, traces=files, turn_tiles=turn_tiles)
     ways = {"dense": Attention.dense(), **{f"SALE stride {n}": Attention.sale(THRESHOLD, n) for n in strides}}
-    settings = {"device": device, "chunk_tokens": chunk_tokens, "model": "random-llama"}
+    settings = {"device": device, "chunk_tokens": chunk_tokens, "model": "random-llama", "prefix_reuse": False}
     generator = torch.Generator().manual_seed(0)
     tokens: list[int] = torch.randint(model.vocabulary, (max(lengths),), generator=generator).tolist()
     runs: dict[tuple[int, str], list[Timed]] = {(n, way): [] for n in lengths for way in ways}
@@ -328,7 +328,7 @@ def measure_default_model(
         questions: take that many prompts of each kind only.
     """
     # A GPU runs prompts of this length and model dense, left to itself.
-    settings = {"dense_rows": SaleConfig().dense_rows}
+    settings = {"dense_rows": SaleConfig().dense_rows, "prefix_reuse": False}
     with (
         child_server({"device": reference, **settings}) as expected,
         child_server({"device": device, **settings}) as got,
