@@ -54,7 +54,8 @@ BF16_TOLERANCE = 2.0**-7
 def server(*arguments: str) -> Iterator[Client]:
     """A server process of the default model, and a client of it."""
     executable = str(Path(sys.executable).parent / "sale-prefill")
-    command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *arguments]
+    command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning"]
+    command += ["--no-prefix-reuse", *arguments]  # prompts come again, and every time counts
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None

@@ -22,7 +22,7 @@ import xxhash
 
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 
-from .options import Checksum
+from .options import SEGMENT_CHUNK_BYTES, Checksum
 
 #: First byte that the server sends to whom it lets in.
 _WELCOME = b"\x01"
@@ -54,6 +54,7 @@ class SharedSegment:
     transport = "shm"
     #: Of streams that name none: twice as fast as crc32c.
     default_checksum: Checksum = "xxh3_64"
+    default_chunk_bytes = SEGMENT_CHUNK_BYTES
 
     def __init__(self, transfer_id: str, descriptor: bytes, size_bytes: int) -> None:
         self.transfer_id = transfer_id
