@@ -78,7 +78,8 @@ def measure(served: ServedModel, tokens: list[int], *, chunk_tokens: int = CHUNK
     spec = client.get_server_info().kv_spec
     assert spec is not None
     chunk_tokens = min(chunk_tokens, len(tokens))
-    alone, runs, chunks, same = [], [], [], []
+    alone, runs, chunks = [], [], []
+    same: list[bool] = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
         result = client.prefill(tokens, prefix_reuse=False)
