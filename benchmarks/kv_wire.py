@@ -91,6 +91,8 @@ def _both_sides() -> Iterator[_Sides]:
         bare = stack.enter_context(ProcessPoolExecutor(1, spawn))
         kv = stack.enter_context(ProcessPoolExecutor(1, spawn))
         kv.submit(_push, kv_target, "sync", 2**20, keep=True).result()
+        for _ in range(2):  # until every page of the pool has been written once
+            kv.submit(_push, kv_target, "sync", 2**20).result()
         yield _Sides(bare, bare_target, kv, kv_target)
 
 
@@ -137,7 +139,7 @@ def wide_server_process(*arguments: str) -> Iterator[Any]:
             max_position_embeddings=2 * KV_TOKENS,
         )
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-        with serving("--model", directory, "--profile", "none", "--kv-memory", "1G", *arguments) as served:
+        with serving("--model", directory, "--profile", "none", "--kv-memory", "768M", *arguments) as served:
             yield served
 
 

@@ -190,12 +190,18 @@ def prefill_request(
     return request
 
 
+def inline_checksum(inline: InlineKv) -> Checksum:
+    """The digest of inline KV, where none was chosen the one that suits its way."""
+    return inline.checksum or ("crc32c" if inline.segment is None else inline.segment.default_checksum)
+
+
 def inline_kv_message(inline: InlineKv) -> prefill_service_pb2.InlineKv:
     """What a prefill says about KV that is to come with it."""
     message = prefill_service_pb2.InlineKv(
         layout=_choice(_LAYOUTS, "layout", inline.layout),
-        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes),
-        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline.checksum),
+        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes or 0),
+        checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline_checksum(inline)),
+        transfer_id="" if inline.segment is None else inline.segment.transfer_id,
     )
     if inline.expected_spec is not None:
         message.expected_spec.CopyFrom(replace(inline.expected_spec, layout=None).to_proto())
@@ -297,6 +303,7 @@ def pull_request(
     checksum: Checksum,
     generation: int,
     expected_spec: KvSpec | None = None,
+    transfer_id: str = "",
 ) -> kv_transfer_service_pb2.PullKvRequest:
     """A request for KV bytes, from its first chunk."""
     request = kv_transfer_service_pb2.PullKvRequest(
@@ -305,6 +312,7 @@ def pull_request(
         chunk_bytes=_count("chunk_bytes", chunk_bytes),
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
         generation=_count("generation", generation, _UINT64_LIMIT),
+        transfer_id=transfer_id,
         include_token_ids=True,
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes

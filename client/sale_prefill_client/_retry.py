@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from .errors import DeadlineExceededError, SalePrefillError, UnavailableError
+from .errors import DeadlineExceededError, SalePrefillError, SessionBusyError, UnavailableError
 from .options import RetryPolicy
 
 
@@ -35,11 +35,15 @@ class Attempts:
     Args:
         policy: limits and waits.
         deadline: a wait that would pass it is not begun.
+        holds: an attempt has something on the server that the next one needs: once a connection broke, the server may
+            still be at the last attempt when the next one comes, and refuse that as busy.
     """
 
-    def __init__(self, policy: RetryPolicy, deadline: Deadline) -> None:
+    def __init__(self, policy: RetryPolicy, deadline: Deadline, *, holds: bool = False) -> None:
         self._policy = policy
         self._deadline = deadline
+        self._holds = holds
+        self._broke = False
         self._failures = 0
 
     def progressed(self) -> None:
@@ -53,8 +57,11 @@ class Attempts:
             SalePrefillError: `error` itself, where another attempt is unsafe, one too many, or past the deadline.
         """
         self._failures += 1
-        if not isinstance(error, UnavailableError) or self._failures >= self._policy.max_attempts:
+        broke = isinstance(error, UnavailableError)
+        own = self._holds and self._broke and isinstance(error, SessionBusyError)
+        if not (broke or own) or self._failures >= self._policy.max_attempts:
             raise error
+        self._broke = self._broke or broke
         wait_seconds = max(self._policy.backoff_seconds(self._failures), error.retry_after_seconds or 0.0)
         remaining_seconds = self._deadline.remaining_seconds()
         if remaining_seconds is not None and wait_seconds >= remaining_seconds:

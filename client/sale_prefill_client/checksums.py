@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import crc32c
+import xxhash
 
 from sale_prefill.v1 import kv_pb2
 
-from .extras import require
 from .options import Checksum
 
 Buffer = bytes | memoryview
@@ -25,20 +25,21 @@ def _crc32c(data: Buffer) -> int:
     return digest
 
 
+def _xxh3_64(data: Buffer) -> int:
+    digest: int = xxhash.xxh3_64_intdigest(data)
+    return digest
+
+
 def digest_function(name: Checksum) -> Callable[[Buffer], int] | None:
     """The function that digests a chunk's data; None for `"none"`.
 
     Raises:
         ValueError: no such algorithm.
-        MissingExtraError: `"xxh3_64"` without the package xxhash.
     """
     if name == "none":
         return None
     if name == "crc32c":
         return _crc32c
     if name == "xxh3_64":
-        digest: Callable[[Buffer], int] = require(
-            "xxhash", extra="server", purpose="the checksum xxh3_64 (crc32c needs nothing more)"
-        ).xxh3_64_intdigest
-        return digest
+        return _xxh3_64
     raise ValueError(f"checksum is {name!r}; choose from {', '.join(ALGORITHM_NUMBERS)}")

@@ -7,8 +7,10 @@ segment. Copy what is to be kept.
 from __future__ import annotations
 
 import ctypes
+import math
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -17,7 +19,8 @@ from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 
 from .extras import require
 from .kv import KvCache
-from .segments import SegmentUnreachableError, connect, ended
+from .options import Checksum
+from .segments import SegmentUnreachableError, SharedSegment, connect, ended
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +49,8 @@ class CudaSegment:
     """
 
     transport = "cuda_ipc"
+    #: The only one: the bytes never are in host memory.
+    default_checksum: Checksum = "none"
 
     def __init__(self, transfer_id: str, descriptor: bytes, size_bytes: int) -> None:
         self.transfer_id = transfer_id
@@ -79,6 +84,17 @@ class CudaSegment:
         )
         return tensor
 
+    def array(self, shape: tuple[int, ...]) -> Tensor:
+        """The segment from its start as a tensor of uint8, in `shape`; a view, as `tensor`.
+
+        Raises:
+            ValueError: larger than the segment, or the segment is closed.
+        """
+        num_bytes = math.prod(shape)
+        if num_bytes > self.size_bytes:
+            raise ValueError(f"{num_bytes} bytes in a segment of {self.size_bytes}: open a larger one")
+        return self.tensor()[:num_bytes].reshape(shape)
+
     @property
     def connected(self) -> bool:
         """The server still has it, as far as can be seen from here."""
@@ -103,13 +119,25 @@ class CudaSegment:
             raise SegmentUnreachableError(f"{name}: {text} (cudaError {status})")
 
 
+Segment = SharedSegment | CudaSegment
+
+
 class DeviceKvCache(KvCache):
     """A range of a session's KV cache in device memory; `buffer` is a torch tensor of uint8, shaped as in `KvCache`.
 
-    `torch`, `layer` and `to_dynamic_cache` give tensors on the device. It is good until its segment is closed.
+    `torch`, `layer` and `to_dynamic_cache` give tensors on the device. One that views a segment is good until that is
+    closed.
     """
 
     __slots__ = ()
+
+    def copied(self) -> DeviceKvCache:
+        """The same in memory of this process's own, on the device."""
+        torch = require("torch", extra="torch", purpose="KV in device memory")
+        tensor: Any = self.buffer
+        own = replace(self, buffer=tensor.clone())
+        torch.cuda.synchronize(tensor.device)
+        return own
 
     @property
     def num_bytes(self) -> int:

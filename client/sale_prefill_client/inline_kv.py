@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sale_prefill.kv_frames import PREFILL_FRAMES, ChunkFrame, FrameError, keep_freed_memory
 from sale_prefill.v1 import session_service_pb2
 
+from ._requests import inline_checksum
 from .errors import ProtocolError
 from .kv import KvCache
 from .kv_assembly import KvAssembler
 from .options import InlineKv
 from .results import KvArrived
+from .segment_kv import SegmentAssembler
 
 
 class InlineAssembly:
@@ -24,12 +27,13 @@ class InlineAssembly:
 
     def __init__(self, inline: InlineKv) -> None:
         keep_freed_memory()
-        self._assembler = KvAssembler(
-            "",
+        kind = KvAssembler if inline.segment is None else partial(SegmentAssembler, inline.segment)
+        self._assembler = kind(
+            session_id="",
             token_range=inline.token_range,
             layer_range=inline.layer_range,
             layout=inline.layout,
-            checksum=inline.checksum,
+            checksum=inline_checksum(inline),
         )
         self.arrived: KvArrived | None = None
 
@@ -82,3 +86,8 @@ class InlineAssembly:
         """
         cache = self._assembler.finish()
         return replace(cache, session_id=session.session_id, generation=session.generation)
+
+    def close(self) -> None:
+        """Takes no more."""
+        if isinstance(self._assembler, SegmentAssembler):
+            self._assembler.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,6 +34,8 @@ class KvAssembler:
         checksum: digest asked for.
         into: memory for the bytes, flat; fresh memory where left out.
     """
+
+    _cache_class: type[KvCache] = KvCache
 
     def __init__(
         self,
@@ -101,12 +105,17 @@ class KvAssembler:
                 f"in its format are {expected_bytes} bytes"
             )
         rows = (token_count, spec.num_kv_heads) if self._layout == "THD" else (spec.num_kv_heads, token_count)
-        memory = np.empty(expected_bytes, np.uint8) if self._into is None else self._into[:expected_bytes]
-        if memory.nbytes < expected_bytes:
-            raise ValueError(f"the KV has {expected_bytes} bytes; the memory given for it has {memory.nbytes}")
-        self._buffer = memory.reshape(layer_count, 2, *rows, spec.head_dim * spec.element_bytes)
+        self._buffer = self._memory((layer_count, 2, *rows, spec.head_dim * spec.element_bytes))
         self._next_token = np.full((layer_count, 2), manifest.range.token_start, dtype=np.int64)
         self._manifest, self._spec = manifest, spec
+
+    def _memory(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Where the bytes go, uint8 in `shape`."""
+        num_bytes = math.prod(shape)
+        memory = np.empty(num_bytes, np.uint8) if self._into is None else self._into[:num_bytes]
+        if memory.nbytes < num_bytes:
+            raise ValueError(f"the KV has {num_bytes} bytes; the memory given for it has {memory.nbytes}")
+        return memory.reshape(shape)
 
     def _checked_spec(self, manifest: kv_pb2.KvManifest) -> KvSpec:
         spec = KvSpec.from_proto(manifest.spec)
@@ -152,26 +161,37 @@ class KvAssembler:
         if chunk.index != self._next_index:
             problem = "missing" if chunk.index > self._next_index else "repeated or out of order"
             raise ProtocolError(f"KV chunk {chunk.index} came where {self._next_index} was due: chunks are {problem}")
+        layer, kind, start = self._checked_place(chunk, self._manifest.range)
+        run = slice(start, start + chunk.num_tokens)
+        place = self._buffer[layer, kind, run] if self._layout == "THD" else self._buffer[layer, kind, :, run]
+        num_bytes = chunk.num_tokens * self._spec.layer_token_bytes
+        self._take(chunk, place, num_bytes)
+        self._next_token[layer, kind] += chunk.num_tokens
+        self._next_index += 1
+        self._received_bytes += num_bytes
+
+    def _take(self, chunk: ChunkFrame | kv_pb2.KvChunk, place: npt.NDArray[np.uint8], num_bytes: int) -> None:
+        """Check a chunk's bytes, which are to be so many, and bring them to their place."""
         data = chunk.data  # once: each access to a message's makes a copy
-        if self._digest is not None and self._digest(data) != chunk.checksum:
+        if self._digest is not None:
+            self._check_digest(chunk, self._digest(data))
+        if len(data) != num_bytes:
+            raise ProtocolError(
+                f"{_name(chunk)} holds {len(data)} bytes; its {chunk.num_tokens} tokens are {num_bytes}"
+            )
+        place[...] = np.frombuffer(data, dtype=np.uint8).reshape(place.shape)
+
+    def _check_digest(self, chunk: ChunkFrame | kv_pb2.KvChunk, digest: int) -> None:
+        if digest != chunk.checksum:
             raise ChecksumMismatchError(
                 f"KV chunk {chunk.index} (layer {chunk.layer}, tokens from {chunk.token_start}) differs from its "
                 f"{self._checksum} checksum; pull again",
                 metadata={"chunk_index": str(chunk.index)},
             )
-        layer, kind, start = self._checked_place(chunk, len(data), self._manifest.range, self._spec)
-        run = slice(start, start + chunk.num_tokens)
-        place = self._buffer[layer, kind, run] if self._layout == "THD" else self._buffer[layer, kind, :, run]
-        place[...] = np.frombuffer(data, dtype=np.uint8).reshape(place.shape)
-        self._next_token[layer, kind] += chunk.num_tokens
-        self._next_index += 1
-        self._received_bytes += len(data)
 
-    def _checked_place(
-        self, chunk: ChunkFrame | kv_pb2.KvChunk, num_bytes: int, part: kv_pb2.KvRange, spec: KvSpec
-    ) -> tuple[int, int, int]:
+    def _checked_place(self, chunk: ChunkFrame | kv_pb2.KvChunk, part: kv_pb2.KvRange) -> tuple[int, int, int]:
         """Indices of the chunk's layer, kind and first token in the buffer."""
-        name = f"KV chunk {chunk.index} (layer {chunk.layer}, kind {chunk.kind})"
+        name = _name(chunk)
         if not part.layer_start <= chunk.layer < part.layer_end or chunk.kind not in _KIND_INDEX:
             raise ProtocolError(f"{name} is outside the range asked for")
         layer, kind = chunk.layer - part.layer_start, _KIND_INDEX[chunk.kind]
@@ -182,9 +202,6 @@ class KvAssembler:
             raise ProtocolError(
                 f"{name} holds {chunk.num_tokens} tokens from {due}; the range ends at {part.token_end}"
             )
-        wanted_bytes = chunk.num_tokens * spec.layer_token_bytes
-        if num_bytes != wanted_bytes:
-            raise ProtocolError(f"{name} holds {num_bytes} bytes; its {chunk.num_tokens} tokens are {wanted_bytes}")
         return layer, kind, due - part.token_start
 
     def finish(self) -> KvCache:
@@ -201,7 +218,7 @@ class KvAssembler:
                 f"the KV stream ended after {self._next_index} of {manifest.total_chunks} chunks and "
                 f"{self._received_bytes} of {manifest.total_bytes} bytes"
             )
-        return KvCache(
+        return self._cache_class(
             session_id=self._session_id,
             spec=spec,
             token_start=manifest.range.token_start,
@@ -213,3 +230,10 @@ class KvAssembler:
             buffer=self._buffer,
             token_ids=np.array(manifest.token_ids, np.uint32) if manifest.token_ids else None,
         )
+
+    def close(self) -> None:
+        """Let go of what is held beside the memory."""
+
+
+def _name(chunk: ChunkFrame | kv_pb2.KvChunk) -> str:
+    return f"KV chunk {chunk.index} (layer {chunk.layer}, kind {chunk.kind})"

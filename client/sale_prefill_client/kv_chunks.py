@@ -32,6 +32,9 @@ class KvChunks:
         ValueError: a part of a cache, or one of unknown or other tokens.
     """
 
+    #: Segment that the bytes are in; empty where they are in the messages.
+    transfer_id = ""
+
     def __init__(self, cache: KvCache, token_ids: TokenIds | None, chunk_bytes: int, checksum: Checksum) -> None:
         cache.require_whole("a session is made of")
         self.token_ids = _known_tokens(cache, token_ids)
@@ -71,10 +74,17 @@ class KvChunks:
         start = part * self._tokens_per_chunk
         return tensor // 2, tensor % 2, start, min(self._tokens_per_chunk, self._cache.num_tokens - start)
 
+    def _part(
+        self, buffer: npt.NDArray[np.uint8], layer: int, kind: int, start: int, count: int
+    ) -> npt.NDArray[np.uint8]:
+        """A chunk of memory that is laid out as the cache."""
+        tensor, run = buffer[layer, kind], slice(start, start + count)
+        part: npt.NDArray[np.uint8] = tensor[run] if self._cache.spec.layout == "THD" else tensor[:, run]
+        return part
+
     def _frame(self, index: int) -> tuple[bytes, int]:
         layer, kind, start, count = self._place(index)
-        tensor, run = self._cache.buffer[layer, kind], slice(start, start + count)
-        part = tensor[run] if self._cache.spec.layout == "THD" else tensor[:, run]
+        part = self._part(self._cache.buffer, layer, kind, start, count)
         flat: npt.NDArray[np.uint8] = np.ascontiguousarray(part).reshape(-1)
         data = flat.data
         checksum = 0 if self._digest is None else self._digest(data)

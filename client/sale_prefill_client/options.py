@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from .cuda_segments import Segment
     from .results import KvSpec
 
 AttentionMode = Literal["default", "sale", "dense"]
@@ -23,6 +24,8 @@ Range = tuple[int, int | None]
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_MAX_MESSAGE_BYTES = 8 << 20
 DEFAULT_CHUNK_BYTES = 1 << 20
+#: Where chunks go through a segment: announcing one costs both sides together as much as some MiB of copy.
+SEGMENT_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +157,19 @@ class InlineKv:
     Args:
         token_range, layer_range: part of the session, half-open; an end of None is the session's, None is everything.
         layout: axis order, `"THD"` (the fastest) or `"HTD"` (as transformers has it).
-        chunk_bytes: bytes of a message, about.
-        checksum: digest of each chunk.
+        chunk_bytes: bytes of a chunk, about; 1 MiB where left out, 8 MiB through a segment.
+        checksum: digest of each chunk; where left out as of `pull_kv`.
         expected_spec: format that the KV must have, else KvSpecMismatchError before anything is computed.
+        segment: memory shared with the server, from `open_transfer`, with room for all of it; the cache views it.
     """
 
     token_range: Range | None = None
     layer_range: Range | None = None
     layout: Layout = "THD"
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    checksum: Checksum = "crc32c"
+    chunk_bytes: int | None = None
+    checksum: Checksum | None = None
     expected_spec: KvSpec | None = None
+    segment: Segment | None = None
 
 
 class PrefillOptions(TypedDict, total=False):

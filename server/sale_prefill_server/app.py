@@ -347,6 +347,7 @@ class Server:
                 server_version=__version__,
                 default_retention=retention,
                 max_message_bytes=config.max_message_bytes,
+                segment_transports=service.segments.transports,
                 draining=lambda: self._stopping,
             ),
         )
@@ -364,6 +365,9 @@ class Server:
         at_scrape(metrics.kv_used_bytes.labels("device"), lambda: engine.pool.used_bytes)
         at_scrape(metrics.kv_kept_bytes.labels("device"), lambda: engine.pool.kept_bytes)
         at_scrape(metrics.kv_capacity_bytes.labels("device"), lambda: engine.pool.capacity_bytes)
+        for transport in service.segments.transports:
+            used_bytes = partial(service.segments.budget.used_bytes, transport)
+            at_scrape(metrics.segment_bytes.labels(transport.value), used_bytes)
         for state in SessionState:
             at_scrape(metrics.sessions.labels(state.value), partial(_count, manager, state))
         if service.archive is not None:

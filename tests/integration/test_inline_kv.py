@@ -79,6 +79,17 @@ def test_a_session_that_nobody_keeps_is_handed_over_all_the_same(client: Client,
     server.wait_for(lambda: server.load().kv_used_bytes == before)
 
 
+@pytest.mark.parametrize("layout", ["THD", "HTD"])
+def test_it_comes_through_shared_memory(client: Client, layout: str) -> None:
+    prompt = tokens_of(700, seed=10)
+    segment = client.open_transfer(size_bytes=1 << 22)
+    assert segment is not None
+    result = client.prefill(prompt, inline_kv=InlineKv(layout=layout, segment=segment), prefix_reuse=False)  # type: ignore[arg-type]
+    assert result.kv is not None
+    assert np.array_equal(result.kv.buffer, client.pull_kv(result.session_id, layout=layout).buffer)  # type: ignore[arg-type]
+    client.close_transfer(segment)
+
+
 def test_another_format_is_refused_before_anything_is_computed(client: Client, server: RunningServer) -> None:
     before = server.metric("sale_prefill_tokens_total", source="computed")
     spec = client.get_server_info().kv_spec

@@ -133,6 +133,7 @@ class AsyncConnection:
         *,
         timeout_seconds: float | None,
         channel_number: int = 0,
+        holds: bool = False,
     ) -> AsyncEventStream:
         """A server stream that is repeated where the connection breaks.
 
@@ -142,6 +143,7 @@ class AsyncConnection:
             next_request: for each attempt, the request and the session id as far as it is known.
             timeout_seconds: for all attempts together; None for no limit.
             channel_number: connection to use.
+            holds: see `Attempts`.
         """
         deadline = Deadline(timeout_seconds)
 
@@ -155,4 +157,4 @@ class AsyncConnection:
                 inactivity_timeout_seconds=self._inactivity_timeout_seconds,
             )
 
-        return AsyncEventStream(open_reader, Attempts(self._retry, deadline))
+        return AsyncEventStream(open_reader, Attempts(self._retry, deadline, holds=holds))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +23,23 @@ from sale_prefill.v1 import kv_transfer_service_pb2
 
 from .. import _requests
 from .._kv_stub import RawKvStub
-from ..errors import ProtocolError
+from .._retry import Deadline
+from ..cuda_segments import DeviceKvCache, Segment
+from ..errors import ProtocolError, SalePrefillError, TransferUnknownError
 from ..kv import KvCache
 from ..kv_assembly import KvAssembler
 from ..kv_stripes import Stripe, StripePlan, flat_memory
-from ..options import DEFAULT_CHUNK_BYTES, Checksum, Layout, Range
+from ..options import DEFAULT_CHUNK_BYTES, SEGMENT_CHUNK_BYTES, Checksum, Layout, Range, SegmentTransport
 from ..progress import BytesCallback, bytes_reporter
 from ..results import KvSpec
-from ._io import run_together
+from ..segment_kv import SegmentAssembler
+from ._io import run_blocking, run_together
 from .event_stream import AsyncEventStream
 from .sessions import AsyncSessionCalls
+from .transfers import AsyncTransferCalls
 
 
-class AsyncPullCalls(AsyncSessionCalls):
+class AsyncPullCalls(AsyncSessionCalls, AsyncTransferCalls):
     """KvTransferService.PullKv."""
 
     async def pull_kv(
@@ -44,12 +49,14 @@ class AsyncPullCalls(AsyncSessionCalls):
         token_range: Range | None = None,
         layer_range: Range | None = None,
         layout: Layout = "THD",
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-        checksum: Checksum = "crc32c",
+        chunk_bytes: int | None = None,
+        checksum: Checksum | None = None,
         generation: int = 0,
         expected_spec: KvSpec | None = None,
         stripes: int = 1,
         into: npt.NDArray[np.uint8] | None = None,
+        segment: Segment | None = None,
+        transports: Sequence[SegmentTransport] = (),
         progress: bool | BytesCallback = False,
         timeout_seconds: float | None = None,
     ) -> KvCache:
@@ -63,14 +70,23 @@ class AsyncPullCalls(AsyncSessionCalls):
             session_id: the session.
             token_range, layer_range: part of it, half-open; an end of None is the session's, None is everything.
             layout: axis order, `"THD"` (tokens, heads, head_dim; the fastest) or `"HTD"` (as transformers has it).
-            chunk_bytes: bytes of a message, about; below both sides' message limit.
-            checksum: digest of each chunk; `"xxh3_64"` needs the package xxhash.
+            chunk_bytes: bytes of a chunk, about; 1 MiB where left out, and below both sides' message limit, but 8 MiB
+                where they go through a segment, and 64 MiB at most.
+            checksum: digest of each chunk; where left out `"crc32c"`, or `"xxh3_64"` in shared memory, or `"none"` in
+                device memory, which goes without: servers refuse others there.
             generation: generation that the session must have, else GenerationMismatchError; 0 for any.
             expected_spec: format that the KV must have, else KvSpecMismatchError before a byte moves; its layout is
                 not compared.
             stripes: connections to read over, each bringing some of the layers.
             into: C-contiguous memory for the bytes, at least as many; it saves making some. The result's buffer is a
                 view of its beginning.
+            segment: memory shared with the server, from `open_transfer`. Nothing is copied to this process then: the
+                result views the segment (a DeviceKvCache where that is device memory, good until it is closed), and
+                the next stream through it writes over that.
+            transports: `"cuda_ipc"`, `"shm"`, best first: opens such a segment for this pull alone, or goes through
+                messages where none can be had, said once (SegmentFallbackWarning). The result is this process's own:
+                KV on a device is copied there, shared memory stays. `"cuda_ipc"` is passed over where there is to be
+                a checksum.
             progress: True shows a bar on standard error; a function is called with (bytes done, bytes in all).
             timeout_seconds: for everything; None for no limit (a silent server is noticed all the same).
 
@@ -78,19 +94,49 @@ class AsyncPullCalls(AsyncSessionCalls):
             ChecksumMismatchError: a chunk differs from its checksum.
             ProtocolError: bytes are missing, repeated or out of place.
             SalePrefillError: another of its subclasses in `errors`.
-            ValueError: `into` is too small.
+            SessionBusyError: another stream uses the segment.
+            TransferUnknownError: the server no longer has the segment: it was closed, idle for minutes, or the server
+                started anew.
+            ValueError: `into` or the segment is too small; or segments together with `stripes` or `into`.
         """
         keep_freed_memory()
+        if (segment is not None or transports) and (stripes > 1 or into is not None):
+            raise ValueError("KV comes to a segment in one stream and to no other memory: leave out stripes and into")
+        if segment is None and transports:
+            pull = partial(
+                self.pull_kv,
+                session_id,
+                token_range=token_range,
+                layer_range=layer_range,
+                layout=layout,
+                chunk_bytes=chunk_bytes,
+                checksum=checksum,
+                generation=generation,
+                expected_spec=expected_spec,
+                progress=progress,
+            )
+            wanted = [kind for kind in transports if kind != "cuda_ipc" or checksum in (None, "none")]
+            open_segment = partial(
+                self.open_transfer,
+                session_id=session_id,
+                token_range=token_range,
+                layer_range=layer_range,
+                transports=wanted,
+            )
+            return await self._pull_same_host(open_segment, pull, Deadline(timeout_seconds))
         memory = None if into is None else flat_memory(into)
+        digest = checksum or ("crc32c" if segment is None else segment.default_checksum)
         request = partial(
             _requests.pull_request,
             session_id,
             layout=layout,
-            chunk_bytes=chunk_bytes,
-            checksum=checksum,
+            chunk_bytes=chunk_bytes or (DEFAULT_CHUNK_BYTES if segment is None else SEGMENT_CHUNK_BYTES),
+            checksum=digest,
             expected_spec=expected_spec,
+            transfer_id="" if segment is None else segment.transfer_id,
         )
-        assembler = partial(KvAssembler, session_id, layout=layout, checksum=checksum)
+        kind = partial(KvAssembler, into=memory) if segment is None else partial(SegmentAssembler, segment)
+        assembler = partial(kind, session_id=session_id, layout=layout, checksum=digest)
         with bytes_reporter(progress, "pulling") as report:
             if stripes > 1:
                 stripe = partial(self._stripe, request, assembler, timeout_seconds)
@@ -98,9 +144,34 @@ class AsyncPullCalls(AsyncSessionCalls):
                 plan = StripePlan(session, token_range, layer_range, stripes, memory, generation)
                 return await self._pull_striped(plan, stripe, report)
             whole = request(token_range=token_range, layer_range=layer_range, generation=generation)
-            single = assembler(token_range=token_range, layer_range=layer_range, into=memory)
-            with closing(self._chunks(whole, single, timeout_seconds)) as frames:
+            with (
+                closing(assembler(token_range=token_range, layer_range=layer_range)) as single,
+                closing(self._chunks(whole, single, timeout_seconds)) as frames,
+            ):
                 return await _assemble(frames, single, lambda: report(single.received_bytes, single.total_bytes))
+
+    async def _pull_same_host(
+        self,
+        open_segment: Callable[..., Any],
+        pull: Callable[..., Any],
+        deadline: Deadline,
+    ) -> KvCache:
+        """A pull through a segment of its own, or through messages where there is none."""
+        cache: KvCache
+        segment: Segment | None = await open_segment(timeout_seconds=deadline.remaining_seconds())
+        if segment is not None:
+            try:
+                cache = await pull(segment=segment, timeout_seconds=deadline.remaining_seconds())
+                if isinstance(cache, DeviceKvCache):
+                    cache = await run_blocking(cache.copied)
+                return cache
+            except TransferUnknownError as error:
+                self._say_fallback(error)
+            finally:
+                with suppress(SalePrefillError):  # the server frees it anyway once the connection ends
+                    await self.close_transfer(segment)
+        cache = await pull(timeout_seconds=deadline.remaining_seconds())
+        return cache
 
     def _stripe(
         self,
@@ -151,7 +222,12 @@ class AsyncPullCalls(AsyncSessionCalls):
             return request, request.session_id
 
         return self._stream(
-            RawKvStub, "PullKv", next_request, timeout_seconds=timeout_seconds, channel_number=channel_number
+            RawKvStub,
+            "PullKv",
+            next_request,
+            timeout_seconds=timeout_seconds,
+            channel_number=channel_number,
+            holds=bool(request.transfer_id),
         )
 
 
@@ -174,4 +250,4 @@ async def _assemble(frames: AsyncEventStream, assembler: KvAssembler, report: Ca
                 raise ProtocolError("the KV manifest differs from its digest; pull again")
             assembler.add_manifest(frame.manifest)
     await frames.finish()
-    return assembler.finish()
+    return await run_blocking(assembler.finish)

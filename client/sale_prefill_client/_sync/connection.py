@@ -134,6 +134,7 @@ class Connection:
         *,
         timeout_seconds: float | None,
         channel_number: int = 0,
+        holds: bool = False,
     ) -> EventStream:
         """A server stream that is repeated where the connection breaks.
 
@@ -143,6 +144,7 @@ class Connection:
             next_request: for each attempt, the request and the session id as far as it is known.
             timeout_seconds: for all attempts together; None for no limit.
             channel_number: connection to use.
+            holds: see `Attempts`.
         """
         deadline = Deadline(timeout_seconds)
 
@@ -156,4 +158,4 @@ class Connection:
                 inactivity_timeout_seconds=self._inactivity_timeout_seconds,
             )
 
-        return EventStream(open_reader, Attempts(self._retry, deadline))
+        return EventStream(open_reader, Attempts(self._retry, deadline, holds=holds))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Unpack
 
 from sale_prefill.v1 import prefill_service_pb2, prefill_service_pb2_grpc
@@ -91,7 +91,7 @@ class PrefillCalls(ServerCalls):
 
         stub = _STUB if kv is None else RawPrefillStub
         stream = self._stream(stub, "Prefill", next_request, timeout_seconds=timeout_seconds)
-        with closing(stream):
+        with closing(stream), nullcontext() if kv is None else closing(kv):
             while (message := stream.read()) is not None:
                 if kv is not None and (message := kv.take(message)) is None:
                     stream.progressed()

@@ -15,14 +15,16 @@ from sale_prefill.v1 import kv_transfer_service_pb2_grpc, session_service_pb2
 from .. import _requests
 from .._kv_stub import RawKvStub
 from .._retry import Attempts, Deadline
-from ..errors import ProtocolError, UnavailableError
+from ..cuda_segments import Segment
+from ..errors import ProtocolError, SessionBusyError, UnavailableError
 from ..kv import KvCache
 from ..kv_chunks import KvChunks, Runs, split_runs
-from ..options import DEFAULT_CHUNK_BYTES, Attention, Checksum, Durability, Pin
+from ..options import DEFAULT_CHUNK_BYTES, SEGMENT_CHUNK_BYTES, Attention, Checksum, Durability, Pin
 from ..progress import BytesCallback, bytes_reporter
 from ..results import Session
+from ..segment_kv import SegmentChunks
 from ..tokens import TokenIds, token_digest
-from ._io import begin_upload, run_together, sleep, upload_response
+from ._io import begin_upload, run_blocking, run_together, sleep, upload_response
 from .connection import Connection
 
 _STUB = kv_transfer_service_pb2_grpc.KvTransferServiceStub
@@ -44,9 +46,10 @@ class PushCalls(Connection):
         durability: Durability | None = None,
         pin: Pin | None = None,
         labels: Mapping[str, str] | None = None,
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-        checksum: Checksum = "crc32c",
+        chunk_bytes: int | None = None,
+        checksum: Checksum | None = None,
         stripes: int = 1,
+        segment: Segment | None = None,
         progress: bool | BytesCallback = False,
         timeout_seconds: float | None = None,
     ) -> Session:
@@ -66,9 +69,14 @@ class PushCalls(Connection):
             durability: what the session is to survive, as in `PrefillOptions`.
             pin: how it stands when memory runs out, as in `PrefillOptions`.
             labels: set on the session.
-            chunk_bytes: bytes of a message, about; below both sides' message limit.
-            checksum: digest of each chunk; `"xxh3_64"` needs the package xxhash.
+            chunk_bytes: bytes of a chunk, about; 1 MiB where left out, and below both sides' message limit, but 8 MiB
+                where they go through a segment, and 64 MiB at most.
+            checksum: digest of each chunk; where left out `"crc32c"`, or `"xxh3_64"` in shared memory, or `"none"` in
+                device memory, which goes without: servers refuse others there.
             stripes: connections to send over, each bringing some of the chunks.
+            segment: memory shared with the server, from `open_transfer`, that the bytes are copied to once; not at all
+                where `kv` is the segment's beginning already (`KvCache.from_numpy(segment.array(...), ...)`, or the
+                result of a pull through it). The server copies what it verifies, so it may be used again afterwards.
             progress: True shows a bar on standard error; a function is called with (bytes done, bytes in all).
             timeout_seconds: for everything; None for no limit.
 
@@ -77,10 +85,20 @@ class PushCalls(Connection):
             ChecksumMismatchError: a chunk was changed on its way.
             PrefixMismatchError: the session exists.
             SalePrefillError: another of its subclasses in `errors`.
-            ValueError: `kv` is a part of a session's KV, or of other tokens.
+            SessionBusyError: another stream uses the segment.
+            TransferUnknownError: the server no longer has the segment: it was closed, idle for minutes, or the server
+                started anew.
+            ValueError: `kv` is a part of a session's KV, or of other tokens; or it does not fit the segment; or
+                `segment` together with `stripes`.
         """
         keep_freed_memory()
-        chunks = KvChunks(kv, token_ids, chunk_bytes, checksum)
+        if segment is None:
+            chunks = KvChunks(kv, token_ids, chunk_bytes or DEFAULT_CHUNK_BYTES, checksum or "crc32c")
+        elif stripes > 1:
+            raise ValueError("KV goes through a segment in one stream: leave out stripes")
+        else:
+            size, digest = chunk_bytes or SEGMENT_CHUNK_BYTES, checksum or segment.default_checksum
+            chunks = run_blocking(SegmentChunks, segment, kv, token_ids, size, digest)
         request = _requests.push_request(
             chunks.manifest(),
             chunks.token_ids,
@@ -107,7 +125,7 @@ class PushCalls(Connection):
         report: BytesCallback,
     ) -> session_service_pb2.Session:
         """Asks what is missing and sends it, until the session is there."""
-        attempts = Attempts(self._retry, deadline)
+        attempts = Attempts(self._retry, deadline, holds=bool(chunks.transfer_id))
         missing_before = chunks.total_chunks
         while True:
             upload: pb.OpenPushResponse = self._call(
@@ -127,7 +145,7 @@ class PushCalls(Connection):
             missing_before = missing
             try:
                 responses = self._send_striped(upload.upload_id, chunks, runs, stripes, deadline, report)
-            except UnavailableError as error:
+            except (UnavailableError, SessionBusyError) as error:
                 sleep(attempts.wait_seconds(error))
                 continue
             for response in responses:
@@ -176,11 +194,14 @@ class PushCalls(Connection):
         deadline: Deadline,
         count: Callable[[int], None],
     ) -> Any:
-        header = pb.PushKvRequest(header=pb.PushKvHeader(upload_id=upload_id)).SerializeToString()
+        opening = pb.PushKvHeader(upload_id=upload_id, transfer_id=chunks.transfer_id)
+        header = pb.PushKvRequest(header=opening).SerializeToString()
 
         def frames() -> Iterator[bytes]:
             yield header
-            for frame, num_bytes in chunks.frames(runs):
+            made = chunks.frames(runs)
+            while (item := run_blocking(next, made, None) if chunks.transfer_id else next(made, None)) is not None:
+                frame, num_bytes = item
                 yield frame
                 count(num_bytes)
 

@@ -10,18 +10,21 @@ from contextlib import suppress
 from sale_prefill.v1 import kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
 
 from .. import _requests
-from ..cuda_segments import CudaSegment
+from ..cuda_segments import CudaSegment, Segment
 from ..errors import NotImplementedByServerError, OverloadedError, TransferUnknownError
+from ..extras import MissingExtraError
 from ..options import Range, SegmentTransport
 from ..segments import SegmentFallbackWarning, SegmentUnreachableError, SharedSegment
 from ._io import run_blocking
 from .connection import Connection
 
 _STUB = kv_transfer_service_pb2_grpc.KvTransferServiceStub
-_KINDS: dict[int, Callable[[str, bytes, int], SharedSegment | CudaSegment]] = {
+_KINDS: dict[int, Callable[[str, bytes, int], Segment]] = {
     kv_transfer_service_pb2.TRANSPORT_SHM: SharedSegment,
     kv_transfer_service_pb2.TRANSPORT_CUDA_IPC: CudaSegment,
 }
+#: Why one transport is not to be had, and another one, or messages, may be.
+_NOT_TO_BE_HAD = (OverloadedError, NotImplementedByServerError, SegmentUnreachableError, MissingExtraError)
 
 
 class TransferCalls(Connection):
@@ -38,7 +41,7 @@ class TransferCalls(Connection):
         size_bytes: int = 0,
         transports: Sequence[SegmentTransport] = ("shm",),
         timeout_seconds: float | None = None,
-    ) -> SharedSegment | CudaSegment | None:
+    ) -> Segment | None:
         """Memory that KV may come and go through instead of through messages.
 
         Close it with `close_transfer`. It also goes when this process ends, or when no stream uses it for some minutes.
@@ -47,7 +50,7 @@ class TransferCalls(Connection):
             session_id: session whose KV, or part of it, is to fit; leave it out where `size_bytes` says the size.
             token_range, layer_range: the part.
             size_bytes: size.
-            transports: `"shm"`, `"cuda_ipc"`, best first; the server takes the first that it has.
+            transports: `"shm"`, `"cuda_ipc"`, best first; the first that both sides can have is taken.
             timeout_seconds: for the call.
 
         Returns:
@@ -65,25 +68,36 @@ class TransferCalls(Connection):
             size_bytes=size_bytes,
             transports=transports,
         )
-        try:
-            response = self._call(
-                _STUB, "OpenTransfer", request, timeout_seconds=timeout_seconds, session_id=session_id or None
-            )
-        except (OverloadedError, NotImplementedByServerError) as error:
-            self._say_fallback(error)
-            return None
+        reason: object = f"the server offers none of {', '.join(transports)}"
+        for transport in list(request.transports)[:-1]:
+            request.transports[:] = [transport, kv_transfer_service_pb2.TRANSPORT_GRPC]
+            try:
+                segment = self._opened(request, timeout_seconds)
+            except _NOT_TO_BE_HAD as error:
+                reason = error
+                continue
+            if segment is not None:
+                return segment
+        self._say_fallback(reason)
+        return None
+
+    def _opened(
+        self, request: kv_transfer_service_pb2.OpenTransferRequest, timeout_seconds: float | None
+    ) -> Segment | None:
+        """A segment of the request's first transport; None where the server has no such transport."""
+        response = self._call(
+            _STUB, "OpenTransfer", request, timeout_seconds=timeout_seconds, session_id=request.session_id or None
+        )
         kind = _KINDS.get(response.transport)
         if kind is None:
-            self._say_fallback(f"the server offers none of {', '.join(transports)}")
             return None
         try:
             return run_blocking(kind, response.transfer_id, response.server_descriptor, response.size_bytes)
-        except SegmentUnreachableError as error:
+        except BaseException:
             self._close_on_server(response.transfer_id, timeout_seconds)
-            self._say_fallback(error)
-            return None
+            raise
 
-    def close_transfer(self, segment: SharedSegment | CudaSegment, *, timeout_seconds: float | None = None) -> None:
+    def close_transfer(self, segment: Segment, *, timeout_seconds: float | None = None) -> None:
         """Give a segment back. Arrays of shared memory stay good, tensors in device memory do not."""
         run_blocking(segment.close)
         self._close_on_server(segment.transfer_id, timeout_seconds)

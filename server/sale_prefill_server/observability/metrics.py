@@ -33,6 +33,9 @@ RATIO_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 
 OUTCOMES = ("ok", "cancelled", "rejected", "error")
 PHASES = ("estimation", "attention", "other")
 DENSE_REASONS = ("requested", "short", "head", "unsupported")
+SEGMENT_TRANSPORTS = ("shm", "cuda_ipc")
+TRANSPORTS = ("grpc", *SEGMENT_TRANSPORTS)
+DIRECTIONS = ("pull", "push", "inline")
 SESSION_ENDS = ("expired", "released", "deleted", "cancelled", "failed", "rejected", "shutdown")
 
 
@@ -144,6 +147,9 @@ class Metrics:
         self.transfer_failures = self._counter(
             "kv_transfer_failures", "KV streams that broke off.", "transport", "reason"
         )
+        self.segment_bytes = self._gauge(
+            "transfer_segment_bytes", "Bytes of memory shared with callers for KV streams.", "transport"
+        )
 
     def _define_rpc(self) -> None:
         labels = ("grpc_service", "grpc_method", "grpc_type")
@@ -187,14 +193,17 @@ class Metrics:
             (self.kv_used_bytes, ("device",)),
             (self.kv_kept_bytes, ("device",)),
             (self.kv_capacity_bytes, ("device",)),
+            (self.segment_bytes, SEGMENT_TRANSPORTS),
         ]
         for metric, values in label_values:
             for value in values:
                 metric.labels(value)
-        for direction in ("pull", "push", "inline"):
-            self.transfer_bytes.labels("grpc", direction)
-            self.transfer_seconds.labels("grpc", direction)
-        self.transfer_failures.labels("grpc", "cancelled")
+        for transport in TRANSPORTS:
+            for direction in DIRECTIONS:
+                self.transfer_bytes.labels(transport, direction)
+                self.transfer_seconds.labels(transport, direction)
+            for reason in ("cancelled", *(reason.value.lower() for reason in Reason)):
+                self.transfer_failures.labels(transport, reason)
         for method in methods:
             self.rpc_started.labels(*method)
             self.rpc_seconds.labels(*method)

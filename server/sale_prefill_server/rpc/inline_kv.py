@@ -29,7 +29,7 @@ from sale_prefill_server.rpc.kv_messages import (
 from sale_prefill_server.sessions.session import token_digest
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, SEGMENT_BATCH_BYTES
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import SegmentBroker
 
@@ -70,8 +70,11 @@ class InlineStreams:
         """
         layout = layout_of(asked.layout, "inline_kv.layout")
         checksum_of(asked.checksum_algorithm, "inline_kv.checksum_algorithm")
-        chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes)
+        self._chunk_bytes(asked)
         require_spec(self._converter.kv_spec(layout_value(layout)), asked.expected_spec, "inline_kv.expected_spec")
+
+    def _chunk_bytes(self, asked: pb.InlineKv) -> int:
+        return chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes, in_segment=bool(asked.transfer_id))
 
     def open(self, asked: pb.InlineKv, tenant: str, tokens: array[int], kv: SessionKv) -> InlineStream:
         """A stream of the KV that `kv` gets. The caller closes it.
@@ -93,7 +96,7 @@ class InlineStreams:
             range_ = resolve_range(range_of(asked.range), kv.shape, len(tokens))
             step = self._chunk_tokens
             boundaries = range(range_.token_start // step * step + step, range_.token_end, step)
-            plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(asked.chunk_bytes, self._max_chunk_bytes), boundaries)
+            plan = ChunkPlan(range_, kv.shape, self._chunk_bytes(asked), boundaries)
             if asked.resume_from_chunk > plan.total_chunks:
                 raise invalid_field(
                     "inline_kv.resume_from_chunk",
@@ -169,7 +172,8 @@ class InlineStream:
 
     async def frames(self) -> AsyncIterator[bytes]:
         """Every chunk as soon as it is there."""
-        batch = max(1, BATCH_BYTES // self._plan.chunk_bytes)
+        batch_bytes = BATCH_BYTES if self._transport == "grpc" else SEGMENT_BATCH_BYTES
+        batch = max(1, batch_bytes // self._plan.chunk_bytes)
         while self._next < self._plan.total_chunks:
             kv = self._kept.kv
             reader = self._reader(kv)
@@ -189,9 +193,10 @@ class InlineStream:
         start = self._next
         making = self._owner.executor.submit(lambda: [reader.frame(index) for index in range(start, end)])
         making.add_done_callback(lambda _: kv.release())
-        for frame in await asyncio.wrap_future(making):
+        made: list[bytes] = await asyncio.wrap_future(making)
+        for index, frame in enumerate(made, start):
             yield frame
-            self._sent_bytes += len(frame)
+            self._sent_bytes += self._plan.num_bytes(index)
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is there to wake

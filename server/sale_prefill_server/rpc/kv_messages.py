@@ -13,7 +13,15 @@ from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.rpc.convert import Converter, identifier, labels_of
 from sale_prefill_server.sessions.session import Session, token_digest
 from sale_prefill_server.transfer.checksums import Checksum
-from sale_prefill_server.transfer.chunks import DEFAULT_CHUNK_BYTES, MINIMUM_CHUNK_BYTES, ChunkPlan, KvRange, Layout
+from sale_prefill_server.transfer.chunks import (
+    DEFAULT_CHUNK_BYTES,
+    MAXIMUM_SEGMENT_CHUNK_BYTES,
+    MINIMUM_CHUNK_BYTES,
+    SEGMENT_CHUNK_BYTES,
+    ChunkPlan,
+    KvRange,
+    Layout,
+)
 from sale_prefill_server.transfer.uploads import ImportCommand
 
 #: Of the element types that a model's KV may have.
@@ -88,13 +96,20 @@ def range_of(message: kv_pb2.KvRange) -> KvRange:
     return KvRange(message.token_start, message.token_end, message.layer_start, message.layer_end)
 
 
-def chunk_bytes_of(asked: int, max_chunk_bytes: int) -> int:
+def chunk_bytes_of(asked: int, max_chunk_bytes: int, *, in_segment: bool = False) -> int:
     """Target size of a chunk; the default where left out.
 
+    Args:
+        asked: by the request.
+        max_chunk_bytes: that a message may hold.
+        in_segment: its bytes are beside the messages, whose limit then does not count.
+
     Raises:
-        PrefillError: INVALID_FIELD, too small to be worth a message or over the message limit.
+        PrefillError: INVALID_FIELD, too small to be worth a message or over the limit.
     """
-    chunk_bytes = asked or min(DEFAULT_CHUNK_BYTES, max_chunk_bytes)
+    default = SEGMENT_CHUNK_BYTES if in_segment else DEFAULT_CHUNK_BYTES
+    max_chunk_bytes = MAXIMUM_SEGMENT_CHUNK_BYTES if in_segment else max_chunk_bytes
+    chunk_bytes = asked or min(default, max_chunk_bytes)
     if not MINIMUM_CHUNK_BYTES <= chunk_bytes <= max_chunk_bytes:
         raise invalid_field("chunk_bytes", f"{chunk_bytes}: must be {MINIMUM_CHUNK_BYTES} to {max_chunk_bytes}")
     return chunk_bytes

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, aclosing
 
 import grpc
 
-from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, message_digest
+from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PULL_FRAMES, keep_freed_memory, message_digest
 from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2_grpc
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
@@ -32,9 +32,14 @@ from sale_prefill_server.rpc.transfer_calls import TransferCalls
 from sale_prefill_server.scheduler.admission import Admission
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Session, SessionState
-from sale_prefill_server.transfer.chunks import ChunkPlan, layer_token_bytes, resolve_range
+from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, read_ahead
+from sale_prefill_server.transfer.read_ahead import (
+    BATCH_BYTES,
+    SEGMENT_BATCH_BYTES,
+    SEGMENT_WRITERS,
+    read_ahead,
+)
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import Segment, SegmentBroker
 from sale_prefill_server.transfer.uploads import Upload, Uploads
@@ -65,6 +70,7 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         uploads: Uploads,
         max_message_bytes: int,
     ) -> None:
+        keep_freed_memory()
         self._manager = manager
         self._admission = admission
         self._converter = converter
@@ -93,14 +99,11 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
                 first = pb.PullKvResponse(manifest=manifest).SerializeToString()
                 await context.send_initial_metadata(((MANIFEST_DIGEST_KEY, message_digest(first)),))
                 yield first
-                bounds = (request.resume_from_chunk, manifest.total_chunks)
-                batch = max(1, BATCH_BYTES // reader.plan.chunk_bytes)
-                frames = read_ahead(reader.frame, *bounds, executor=self._executor, batch_chunks=batch)
-                async with aclosing(frames):
+                async with aclosing(self._frames(reader, request.resume_from_chunk, segment is not None)) as frames:
                     index = request.resume_from_chunk
                     async for frame in frames:
                         yield frame
-                        sent_bytes += reader.plan[index].num_tokens * layer_token_bytes(kv.shape)
+                        sent_bytes += reader.plan.num_bytes(index)
                         index += 1
             failure = ""
         except PrefillError as error:
@@ -109,6 +112,18 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         finally:
             kv.release()
             self._events.emit(KvTransferred("pull", transport, sent_bytes, time.perf_counter() - started, failure))
+
+    def _frames(self, reader: KvReader, first_chunk: int, in_segment: bool) -> AsyncGenerator[bytes, None]:
+        batch_bytes, ahead = (SEGMENT_BATCH_BYTES, SEGMENT_WRITERS) if in_segment else (BATCH_BYTES, 1)
+        plan = reader.plan
+        return read_ahead(
+            reader.frame,
+            first_chunk,
+            plan.total_chunks,
+            executor=self._executor,
+            batch_chunks=max(1, batch_bytes // plan.chunk_bytes),
+            ahead=ahead,
+        )
 
     def _readable_session(self, request: pb.PullKvRequest) -> Session:
         session = self._manager.get(current_caller().tenant, required_identifier("session_id", request.session_id))
@@ -139,7 +154,8 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
         require_spec(spec, request.expected_spec, "expected_spec")
         kv = session.sequence.kv
         range_ = resolve_range(range_of(request.range), kv.shape, session.num_tokens)
-        plan = ChunkPlan(range_, kv.shape, chunk_bytes_of(request.chunk_bytes, self._max_chunk_bytes))
+        chunk_bytes = chunk_bytes_of(request.chunk_bytes, self._max_chunk_bytes, in_segment=segment is not None)
+        plan = ChunkPlan(range_, kv.shape, chunk_bytes)
         if request.resume_from_chunk > plan.total_chunks:
             raise invalid_field(
                 "resume_from_chunk", f"{request.resume_from_chunk}: the stream has {plan.total_chunks} chunks"

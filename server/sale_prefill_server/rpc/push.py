@@ -78,8 +78,10 @@ class PushStream:
                 if not isinstance(frame, ChunkFrame):
                     raise invalid_field("header", "came twice: chunks follow the first one")
                 batch.append(order.check(frame))
-                batch_bytes += len(frame.data)
-                if writing is None or writing.done() or batch_bytes >= BATCH_BYTES:
+                batch_bytes += self._upload.writer.num_bytes(frame)
+                self._uploads.touch(self._upload)
+                # A message of a segment's is small, and what it speaks of may be megabytes.
+                if batch_bytes >= BATCH_BYTES or (self._segment is not None and (writing is None or writing.done())):
                     await self._written(writing)
                     writing = self._write(batch)
                     batch, batch_bytes = [], 0

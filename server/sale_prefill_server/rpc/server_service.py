@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -16,9 +16,11 @@ from sale_prefill_server.errors import PrefillError, Reason
 from sale_prefill_server.kv.pool import PAGE_TOKENS
 from sale_prefill_server.models.tokenizer_files import TokenizerFiles
 from sale_prefill_server.rpc.convert import MAX_TOP_LOGITS, Converter, attention_message, retention_message
+from sale_prefill_server.rpc.transfer_calls import transport_value
 from sale_prefill_server.scheduler.scheduler import Scheduler
 from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Retention
+from sale_prefill_server.transfer.segment_memory import SegmentTransport
 
 _FILE_CHUNK_BYTES = 2**18
 
@@ -38,6 +40,7 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
         server_version: str,
         default_retention: Retention,
         max_message_bytes: int,
+        segment_transports: Sequence[SegmentTransport],
         draining: Callable[[], bool],
     ) -> None:
         self._engine = engine
@@ -49,6 +52,7 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
         self._server_version = server_version
         self._default_retention = default_retention
         self._max_message_bytes = max_message_bytes
+        self._transports = [kv_transfer_service_pb2.TRANSPORT_GRPC, *map(transport_value, segment_transports)]
         self._draining = draining
 
     async def GetServerInfo(  # noqa: N802
@@ -69,7 +73,7 @@ class ServerServicer(server_service_pb2_grpc.ServerServiceServicer):
             default_retention=retention_message(self._default_retention),
             device=str(model.device),
             attention_backend=self._engine.attention_backend,
-            transports=[kv_transfer_service_pb2.TRANSPORT_GRPC],
+            transports=self._transports,
             num_query_heads=model.num_query_heads,
             max_top_logits=MAX_TOP_LOGITS,
             profile=None if self._engine.profile is None else _profile_info(self._engine.profile),

@@ -26,6 +26,11 @@ _TRANSPORTS = {
 _TRANSPORT_VALUES = {transport: value for value, transport in _TRANSPORTS.items()}
 
 
+def transport_value(transport: SegmentTransport) -> pb.Transport:
+    """The message's number of a transport."""
+    return _TRANSPORT_VALUES[transport]
+
+
 class TransferCalls:
     """Part of KvTransferService; what it needs is set by the servicer that has it among its bases."""
 

@@ -14,6 +14,10 @@ from sale_prefill_server.kv.pool import KvShape
 
 DEFAULT_CHUNK_BYTES = 2**20
 MINIMUM_CHUNK_BYTES = 2**12
+#: Of chunks whose bytes are in a segment. An announcement costs the two sides together as much as 2.5 MiB of copy, so
+#: they are large; the most is what a stream may keep a copying thread from others' streams for, some milliseconds.
+SEGMENT_CHUNK_BYTES = 2**23
+MAXIMUM_SEGMENT_CHUNK_BYTES = 2**26
 
 
 class Layout(StrEnum):
@@ -90,7 +94,8 @@ class ChunkPlan:
     def __init__(self, range_: KvRange, shape: KvShape, chunk_bytes: int, boundaries: Sequence[int] = ()) -> None:
         token_bytes = layer_token_bytes(shape)
         self.range = range_
-        self.tokens_per_chunk = max(1, chunk_bytes // token_bytes)
+        self._token_bytes = token_bytes
+        self.tokens_per_chunk = max(1, min(chunk_bytes // token_bytes, range_.num_tokens))
         self.chunk_bytes = self.tokens_per_chunk * token_bytes
         self.total_bytes = 2 * range_.num_layers * range_.num_tokens * token_bytes
         edges = (range_.token_start, *boundaries, range_.token_end)
@@ -104,6 +109,10 @@ class ChunkPlan:
     def total_chunks(self) -> int:
         """Chunks of the range."""
         return self._first_chunks[-1]
+
+    def num_bytes(self, index: int) -> int:
+        """Bytes of chunk `index`."""
+        return self[index].num_tokens * self._token_bytes
 
     def __getitem__(self, index: int) -> PlannedChunk:
         """What chunk `index` holds."""

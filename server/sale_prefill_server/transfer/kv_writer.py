@@ -12,7 +12,13 @@ from sale_prefill.kv_frames import ChunkFrame
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.kv.pool import KvShape, SessionKv
 from sale_prefill_server.transfer.checksums import CHECKSUMS, Checksum
-from sale_prefill_server.transfer.chunks import KvRange, Layout, PlannedChunk, layer_token_bytes
+from sale_prefill_server.transfer.chunks import (
+    MAXIMUM_SEGMENT_CHUNK_BYTES,
+    KvRange,
+    Layout,
+    PlannedChunk,
+    layer_token_bytes,
+)
 from sale_prefill_server.transfer.kv_reader import host_bytes
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import Segment
@@ -101,18 +107,15 @@ class KvWriter:
             self._closed = True
 
     def _take_one(self, frame: ChunkFrame, segment: SegmentPlacement | None) -> int:
-        chunk = self._checked_place(frame)
-        if segment is None:
-            tokens = self._from_message(frame, chunk)
-        elif len(frame.data):
-            raise invalid_field("chunk.data", f"chunk {frame.index} has data beside its segment: send one of them")
-        else:  # in memory of our own before it is digested: the peer can still write to the segment
-            tokens, digest = segment.take_copy(chunk.layer, chunk.kind, chunk.token_start, chunk.num_tokens)
-            self._check_digest(frame, digest)
+        chunk = self._checked_place(frame, segment is not None)
+        tokens = self._from_message(frame, chunk) if segment is None else None
         if not self._claim(chunk):
             return 0
         try:
-            self._kv.write(chunk.layer, chunk.kind, chunk.token_start, tokens)
+            if segment is not None:
+                tokens = self._from_segment(frame, chunk, segment)
+            if tokens is not None:
+                self._kv.write(chunk.layer, chunk.kind, chunk.token_start, tokens)
         except BaseException:
             self._unclaim(chunk)
             raise
@@ -120,9 +123,13 @@ class KvWriter:
             self._kv.release()
         with self._lock:
             self._arrived[chunk.index] = True
-        return chunk.num_tokens * layer_token_bytes(self._shape)
+        return self.num_bytes(frame)
 
-    def _checked_place(self, frame: ChunkFrame) -> PlannedChunk:
+    def num_bytes(self, frame: ChunkFrame) -> int:
+        """Bytes that a chunk says to have."""
+        return frame.num_tokens * layer_token_bytes(self._shape)
+
+    def _checked_place(self, frame: ChunkFrame, in_segment: bool) -> PlannedChunk:
         name = f"chunk {frame.index} (layer {frame.layer}, kind {frame.kind})"
         if frame.index >= self._arrived.size:
             raise invalid_field("chunk.index", f"{frame.index}: the manifest has {self._arrived.size} chunks")
@@ -133,12 +140,19 @@ class KvWriter:
                 "chunk.num_tokens",
                 f"{name} holds {frame.num_tokens} tokens from {frame.token_start} of a session of {self._num_tokens}",
             )
+        if len(frame.data) and in_segment:
+            raise invalid_field("chunk.data", f"{name} has data beside its segment: send one of them")
+        if in_segment and self.num_bytes(frame) > MAXIMUM_SEGMENT_CHUNK_BYTES:
+            raise invalid_field(
+                "chunk.num_tokens",
+                f"{name} has {self.num_bytes(frame)} bytes; send {MAXIMUM_SEGMENT_CHUNK_BYTES} at most",
+            )
         return PlannedChunk(frame.index, frame.layer, frame.kind - 1, frame.token_start, frame.num_tokens)
 
     def _from_message(self, frame: ChunkFrame, chunk: PlannedChunk) -> torch.Tensor:
         """[num_tokens, kv_heads, head_dim], sharing the message's memory."""
         data = torch.from_numpy(_writable(frame.data))
-        wanted_bytes = chunk.num_tokens * layer_token_bytes(self._shape)
+        wanted_bytes = self.num_bytes(frame)
         if data.nbytes != wanted_bytes:
             raise invalid_field(
                 "chunk.data",
@@ -147,6 +161,22 @@ class KvWriter:
         if self._checksum is not Checksum.NONE:
             self._check_digest(frame, CHECKSUMS[self._checksum]([host_bytes(data)]))
         return self._tokens_first(data, chunk.num_tokens)
+
+    def _from_segment(self, frame: ChunkFrame, chunk: PlannedChunk, segment: SegmentPlacement) -> torch.Tensor | None:
+        """Takes the chunk to host memory of our own and digests it there, since the peer can still write the segment.
+
+        Returns:
+            The chunk; None where it went to its pages at once, which nobody reads before the last chunk is there.
+        """
+        place = (chunk.layer, chunk.kind, chunk.token_start)
+        tokens = None
+        if self._shape.device.type == "cpu":
+            pages = self._kv.segments(*place, chunk.token_start + chunk.num_tokens)
+            digest = segment.take(*place, pages)
+        else:
+            tokens, digest = segment.take_copy(*place, chunk.num_tokens)
+        self._check_digest(frame, digest)
+        return tokens
 
     def _check_digest(self, frame: ChunkFrame, digest: int) -> None:
         if self._checksum is not Checksum.NONE and digest != frame.checksum:

@@ -96,7 +96,7 @@ class Uploads:
                     field="request_id",
                 )
             if earlier.session is None or self._holds(earlier.session):
-                self._touch(earlier)
+                self.touch(earlier)
                 return earlier
             self.drop(earlier)
         self._require_new(command)
@@ -123,7 +123,7 @@ class Uploads:
                 metadata={"upload_id": upload_id},
                 field="upload_id",
             )
-        self._touch(upload)
+        self.touch(upload)
         return upload
 
     def settle(self, upload: Upload) -> SessionInfo | None:
@@ -133,7 +133,7 @@ class Uploads:
             PrefillError: PREFIX_MISMATCH (another request created the session meanwhile) or INVALID_FIELD (the chunks
                 leave gaps); the upload is gone then.
         """
-        self._touch(upload)
+        self.touch(upload)
         if upload.session is not None:
             return self._manager.describe(upload.session)
         try:
@@ -144,6 +144,10 @@ class Uploads:
             self.drop(upload)
             raise
         return self._commit(upload)
+
+    def touch(self, upload: Upload) -> None:
+        """Notes that chunks still come."""
+        upload.deadline_seconds = self._clock() + self._idle_seconds
 
     def drop(self, upload: Upload) -> None:
         """Forgets an upload, and frees its KV unless that is a session's."""
@@ -190,6 +194,3 @@ class Uploads:
                 metadata={"num_tokens": session.num_tokens, "expected_prefix_tokens": 0},
                 field="session_id",
             )
-
-    def _touch(self, upload: Upload) -> None:
-        upload.deadline_seconds = self._clock() + self._idle_seconds

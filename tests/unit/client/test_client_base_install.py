@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-BLOCKED = ("torch", "transformers", "tokenizers", "jinja2", "xxhash", "safetensors", "grpc_health", "prometheus_client")
+BLOCKED = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "grpc_health", "prometheus_client")
 
 
 def run_without_extras(code: str) -> str:
@@ -42,7 +42,6 @@ def test_the_package_and_its_command_line_import_without_extras() -> None:
             "render('', [], add_generation_prompt=False, variables={})",
             "text",
         ),
-        ("from sale_prefill_client.checksums import digest_function; digest_function('xxh3_64')", "server"),
         ("from sale_prefill_client.kv import KvCache; KvCache('', None, 0, 1, 0, 1, 1, b'', None).torch()", "torch"),
     ],
 )
