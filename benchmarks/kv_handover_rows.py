@@ -117,7 +117,7 @@ def inline_rows(seen: Inline, tokens: int) -> list[Row]:
     shown = f"{first:.0f} ms; a layer takes {1e3 * layer:.0f} ms, the chunk {1e3 * chunk:.0f} ms"
     return [
         at_most(
-            f"prefill of {tokens} tokens with inline KV over prefill alone, medians of {len(seen.runs)}",
+            f"prefill of {tokens} tokens with inline KV over prefill alone, median of {len(seen.runs)} pairs",
             INLINE_RATIO,
             None,
             seen.ratio,
