@@ -198,7 +198,7 @@ class LocalModel:
     def prefilled_kv(
         self, tokens: list[int], *, chunk_tokens: int, dense: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """K and V of every layer after a prefill in chunks."""
+        """K and V [tokens, kv heads, head_dim] of every layer after a prefill in chunks."""
         engine = self._engine(chunk_tokens, dense=dense)
         sequence = self._sequence(engine, len(tokens))
         position = 0
@@ -208,7 +208,9 @@ class LocalModel:
                 sequence, tokens[position:end], prompt_end=len(tokens), statistics=engine.new_statistics()
             )
             position = end
-        return [sequence.kv.view(layer, len(tokens)) for layer in range(self.model.kv_shape.num_layers)]
+        layers, count = range(self.model.kv_shape.num_layers), len(tokens)
+        keys, values = ([torch.cat(sequence.kv.segments(layer, kind, 0, count)) for layer in layers] for kind in (0, 1))
+        return list(zip(keys, values, strict=True))
 
 
 def check_agreement(report: Report) -> None:

@@ -265,7 +265,6 @@ def measure_engine_decode(tokens: int = 65_536, count: int = 32, model: RandomLl
         )
         sequence = engine.open(settings)
         sequence.kv.reserve(tokens + count)
-        sequence.kv.make_room(tokens + count)  # what the memory holds does not matter
         sequence.kv.extend_to(tokens)
         taken = []
         for token in range(count):

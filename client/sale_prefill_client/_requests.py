@@ -314,6 +314,7 @@ def pull_request(
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
         generation=_count("generation", generation, _UINT64_LIMIT),
         transfer_id=transfer_id,
+        group_chunks=bool(transfer_id),
         include_token_ids=True,
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes

@@ -16,6 +16,7 @@ from sale_prefill.kv_frames import (
     PULL_FRAMES,
     ChunkFrame,
     FrameError,
+    group_frames,
     keep_freed_memory,
     message_digest,
 )
@@ -240,6 +241,10 @@ async def _assemble(frames: AsyncEventStream, assembler: KvAssembler, report: Ca
             raise ProtocolError(f"the KV stream is broken: {error}; pull again") from error
         if isinstance(frame, ChunkFrame):
             assembler.add_chunk(frame)
+            frames.progressed()
+            report()
+        elif frame.HasField("chunks"):
+            assembler.add_chunks(group_frames(frame.chunks))
             frames.progressed()
             report()
         else:
