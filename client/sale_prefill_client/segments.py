@@ -53,9 +53,10 @@ class SharedSegment:
     """
 
     transport = "shm"
-    #: Of streams that name none. xxh3_64 is twice as fast as crc32c, but holds Python's lock: with many cores, crc32c.
+    #: Of streams that name none. On two cores xxh3_64, twice as fast as crc32c. Beside an H100, 16 cores, GB/s through
+    #: pinned memory in chunks of 8, 32 and 64 MiB: crc32c 10, 25 and 25, xxh3_64 11, 19 and 19, none 12, 37 and 45.
     default_checksum: Checksum = "xxh3_64" if (os.cpu_count() or 1) < _MANY_CORES else "crc32c"
-    default_chunk_bytes = SEGMENT_CHUNK_BYTES
+    default_chunk_bytes = SEGMENT_CHUNK_BYTES if (os.cpu_count() or 1) < _MANY_CORES else 4 * SEGMENT_CHUNK_BYTES
 
     def __init__(self, transfer_id: str, descriptor: bytes, size_bytes: int) -> None:
         self.transfer_id = transfer_id
