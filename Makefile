@@ -15,7 +15,7 @@ PROTO_OUT ?= proto
 RELEASES := $(shell ls proto/releases/*.binpb 2>/dev/null | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-fidelity fidelity-figures check-kernels check-sanitize bench-attention client-sync wheel clean
+.PHONY: help setup demo serve test test-quick lint format proto check-proto proto-release check-main check-attention check-fidelity check-kv fidelity-figures check-kernels check-sanitize bench-attention client-sync wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -86,6 +86,9 @@ check-attention: $(STAMP)  ## measure what CPU attention promises, on real trace
 
 check-fidelity: $(STAMP)  ## measure what calibrated SALE loses, and its guard; fail where a promise falls short
 	$(BIN)/python -m benchmarks.check_fidelity $(ARGS)
+
+check-kv: $(STAMP)  ## measure what KV as a product promises: hand-over, reuse, tiers, crashes; fail where a promise falls short
+	$(BIN)/python -m benchmarks.check_kv $(ARGS)
 
 FIDELITY_RESULTS := $(wildcard benchmarks/results/retrieval.json benchmarks/results/evaluation.json)
 

@@ -106,17 +106,18 @@ def _not_computed(served: ServedModel) -> int:
     return int(every - served.metric("sale_prefill_tokens_total", source="computed"))
 
 
-def reused_across_restart(prompt: list[int], directory: Path, *arguments: str) -> dict[str, int]:
-    """Tokens that a new session of each tenant takes from the disk tier, after one of them had the prompt before.
+def reused_across_restart(prompt: list[int], directory: Path, *arguments: str) -> tuple[int, int]:
+    """Tokens that new sessions take from the disk tier: of the tenant that had the prompt before, of the other one.
 
-    The first tenant prefills with durability LOCAL; then the server starts again over the same directory.
+    The first tenant prefills with durability LOCAL; then the server starts again over the same directory, and the other
+    tenant asks first.
     """
     disk = ("--kv-disk", str(directory), *arguments)
     with tenants(*disk) as served:
         served[TENANTS[0]].client.prefill(prompt, durability="local", lease_seconds=600)
     with tenants(*disk) as served:
-        reports = {name: served[name].client.prefill(prompt).stats for name in reversed(TENANTS)}
-    return {name: len(prompt) - stats.computed_tokens for name, stats in reports.items()}
+        other, own = (served[name].client.prefill(prompt).stats.computed_tokens for name in reversed(TENANTS))
+    return len(prompt) - own, len(prompt) - other
 
 
 def main() -> None:

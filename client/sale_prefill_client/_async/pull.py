@@ -30,7 +30,7 @@ from ..errors import ProtocolError, SalePrefillError, TransferUnknownError
 from ..kv import KvCache
 from ..kv_assembly import KvAssembler
 from ..kv_stripes import Stripe, StripePlan, flat_memory
-from ..options import DEFAULT_CHUNK_BYTES, SEGMENT_CHUNK_BYTES, Checksum, Layout, Range, SegmentTransport
+from ..options import DEFAULT_CHUNK_BYTES, Checksum, Layout, Range, SegmentTransport
 from ..progress import BytesCallback, bytes_reporter
 from ..results import KvSpec
 from ..segment_kv import SegmentAssembler
@@ -131,7 +131,7 @@ class AsyncPullCalls(AsyncSessionCalls, AsyncTransferCalls):
             _requests.pull_request,
             session_id,
             layout=layout,
-            chunk_bytes=chunk_bytes or (DEFAULT_CHUNK_BYTES if segment is None else SEGMENT_CHUNK_BYTES),
+            chunk_bytes=chunk_bytes or (DEFAULT_CHUNK_BYTES if segment is None else segment.default_chunk_bytes),
             checksum=digest,
             expected_spec=expected_spec,
             transfer_id="" if segment is None else segment.transfer_id,
