@@ -27,7 +27,9 @@ class InlineAssembly:
 
     def __init__(self, inline: InlineKv) -> None:
         keep_freed_memory()
-        kind = KvAssembler if inline.segment is None else partial(SegmentAssembler, inline.segment)
+        kind = (
+            KvAssembler if inline.segment is None else partial(SegmentAssembler, inline.segment, verified_at_once=True)
+        )
         self._assembler = kind(
             session_id="",
             token_range=inline.token_range,

@@ -47,6 +47,7 @@ class SegmentAssembler(KvAssembler):
 
     Args:
         segment: which the stream names.
+        verified_at_once: a chunk is verified before `add_chunk` returns, for callers that use it right then.
         session_id, token_range, layer_range, layout, checksum: as of `KvAssembler`.
     """
 
@@ -59,10 +60,12 @@ class SegmentAssembler(KvAssembler):
         layer_range: Range | None,
         layout: Layout,
         checksum: Checksum,
+        verified_at_once: bool = False,
     ) -> None:
         super().__init__(session_id, token_range=token_range, layer_range=layer_range, layout=layout, checksum=checksum)
         self._segment = segment
         self._verifier = ThreadPoolExecutor(_VERIFIERS, "sale-prefill-verify")
+        self._verified_at_once = verified_at_once
         self._unverified: list[_Placed] = []
         self._verifying: deque[Future[None]] = deque()
         if isinstance(segment, CudaSegment):
@@ -81,7 +84,7 @@ class SegmentAssembler(KvAssembler):
         """Check a chunk's header, and have its bytes verified.
 
         Raises:
-            ChecksumMismatchError: an earlier chunk's bytes differ from their checksum; metadata: chunk_index.
+            ChecksumMismatchError: this or an earlier chunk's bytes differ from their checksum; metadata: chunk_index.
             ProtocolError: missing, repeated, out of order, out of range, or with data.
         """
         super().add_chunk(chunk)
@@ -97,7 +100,7 @@ class SegmentAssembler(KvAssembler):
         if self._unverified:
             self._verifying.append(self._verifier.submit(self._verify, self._unverified))
             self._unverified = []
-        while self._verifying and self._verifying[0].done():
+        while self._verifying and (self._verified_at_once or self._verifying[0].done()):
             self._verifying.popleft().result()
 
     def _verify(self, chunks: list[_Placed]) -> None:

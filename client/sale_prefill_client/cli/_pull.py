@@ -35,8 +35,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--token-range", metavar="START:END", type=half_open_range, help="part of the tokens")
     parser.add_argument("--layers", metavar="START:END", type=half_open_range, help="part of the layers")
     parser.add_argument("--layout", choices=("THD", "HTD"), default="THD", help="axis order: tokens or heads first")
-    parser.add_argument("--chunk-bytes", metavar="N", type=int, default=1 << 20, help="bytes of a message, about")
-    parser.add_argument("--checksum", choices=("crc32c", "xxh3_64", "none"), default="crc32c", help="of each chunk")
+    parser.add_argument("--chunk-bytes", metavar="N", type=int, help="bytes of a chunk, about (1 MiB in messages)")
+    parser.add_argument("--checksum", choices=("crc32c", "xxh3_64", "none"), help="of each chunk (crc32c in messages)")
+    parser.add_argument("--same-host", action="store_true", help="through shared memory, where the server offers it")
     parser.add_argument("--stripes", metavar="N", type=int, default=1, help="connections to read over")
     add_progress_argument(parser)
     add_connection_arguments(parser)
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             chunk_bytes=arguments.chunk_bytes,
             checksum=arguments.checksum,
             stripes=arguments.stripes,
+            transports=("shm",) if arguments.same_host else (),
             progress=wants_progress(arguments),
             timeout_seconds=arguments.timeout,
         )
