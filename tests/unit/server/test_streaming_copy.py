@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from sale_attention.jit import KernelBuildError
+from sale_attention.jit import BuildPlan, KernelBuildError, build, kernel_source_root
 from sale_prefill_server.transfer import streaming_copy
 
 
@@ -54,3 +57,52 @@ def test_pieces_are_gathered_in_order() -> None:
     streaming_copy.gather(target.ctypes.data, addresses, [piece.size for piece in pieces])
     np.testing.assert_array_equal(target[:1070], np.concatenate(pieces))
     assert (target[1070:] == 0xAA).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("sizes", [(241,), (0, 300, 1, 64), (1024,), (1024, 1024), (1025, 63, 5000), (70_000, 3, 4096)])
+def test_runs_are_copied_and_digested_in_one_call(sizes: tuple[int, ...], shared: bool) -> None:
+    generator = np.random.default_rng(sum(sizes))
+    sources = [generator.integers(0, 256, size + 8, dtype=np.uint8)[7 : 7 + size] for size in sizes]
+    memory = np.full(sum(sizes) + 128 * len(sizes), 0xAA, dtype=np.uint8)
+    starts = np.cumsum([33, *(size + 65 for size in sizes[:-1])])
+    targets = [memory[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    digest = streaming_copy.copy_digested(
+        [target.ctypes.data for target in targets],
+        [source.ctypes.data for source in sources],
+        sizes,
+        shared=shared,
+    )
+    assert digest == xxhash.xxh3_64_intdigest(np.concatenate(sources))
+    for target, source in zip(targets, sources, strict=True):
+        np.testing.assert_array_equal(target, source)
+        target[:] = 0xAA
+    assert (memory == 0xAA).all()
+
+
+HARNESS = """
+#include "xxh3.h"
+using namespace sale_prefill::xxh3;
+extern "C" void accumulate(int way, std::uint64_t* acc, const std::uint8_t* data) {
+#if defined(__x86_64__)
+  if (way == 1) return accumulate_avx2(acc, data, 3, 9);
+  if (way == 2) return accumulate_avx512(acc, data, 3, 9);
+#endif
+  accumulate_portable(acc, data, 3, 9);
+}
+"""
+
+
+def test_every_instruction_set_digests_the_same(tmp_path: Path) -> None:
+    (tmp_path / "harness.cpp").write_text(HARNESS)
+    (tmp_path / "xxh3.h").write_bytes((kernel_source_root() / "transfer" / "xxh3.h").read_bytes())
+    plan = BuildPlan("xxh3_harness", ("harness.cpp",), tmp_path, (".",), ("-std=c++17", "-O2"))
+    library = ctypes.CDLL(str(build(plan)))
+    data = np.random.default_rng(0).integers(0, 256, 9 * 64, dtype=np.uint8)
+    ways = [way for way, flag in ((1, "avx2"), (2, "avx512f")) if flag in Path("/proc/cpuinfo").read_text().split()]
+    found = []
+    for way in (0, *ways):
+        acc = np.arange(8, dtype=np.uint64) * 0x123456789ABCDEF
+        library.accumulate(way, ctypes.c_void_p(acc.ctypes.data), ctypes.c_void_p(data.ctypes.data))
+        found.append(acc.tolist())
+    assert all(each == found[0] for each in found)
