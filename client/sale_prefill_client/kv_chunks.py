@@ -42,7 +42,7 @@ class KvChunks:
         self._checksum = checksum
         self._digest = digest_function(checksum)
         self._token_bytes = cache.spec.layer_token_bytes
-        self._tokens_per_chunk = max(1, chunk_bytes // self._token_bytes)
+        self._tokens_per_chunk = max(1, min(chunk_bytes // self._token_bytes, cache.num_tokens))
         self._per_tensor = -(-cache.num_tokens // self._tokens_per_chunk)
         self.total_chunks = 2 * cache.spec.num_layers * self._per_tensor
 

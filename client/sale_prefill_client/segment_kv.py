@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 _Placed = tuple[ChunkFrame | kv_pb2.KvChunk, npt.NDArray[np.uint8]]
 
-#: Bytes of a push that one message announces: costs one message for them, and has the server begin early.
-_GROUP_BYTES = 8 * 2**20
+#: Bytes of a push that one message announces: enough that messages cost little beside them, and few enough that the
+#: server has something to do all the time.
+_GROUP_BYTES = 2**24
 
 
 #: Threads that verify digests: one core does 13 GB/s with xxh3_64, a GPU's memory is copied at 50.
@@ -151,18 +153,22 @@ class SegmentChunks(KvChunks):
     def frames(self, runs: Runs) -> Iterator[tuple[bytes, int]]:
         """Messages of the chunks in half-open runs of indices, several in each, with the bytes of KV that are in place
         by then."""
-        group: list[ChunkFrame] = []
-        num_bytes = 0
-        for start, end in runs:
-            for index in range(start, end):
-                frame = self._placed(index)
-                group.append(frame)
-                num_bytes += frame.num_tokens * self._token_bytes
-                if num_bytes >= _GROUP_BYTES:
-                    yield PUSH_FRAMES.encode_group(group), num_bytes
-                    group, num_bytes = [], 0
+        return map(self._group, self._groups(runs))
+
+    def _groups(self, runs: Runs) -> Iterator[list[int]]:
+        group: list[int] = []
+        enough = 1  # the first chunk alone, so that the server begins at once
+        for index in chain.from_iterable(range(*run) for run in runs):
+            group.append(index)
+            if len(group) >= enough:
+                yield group
+                group, enough = [], max(1, _GROUP_BYTES // (self._tokens_per_chunk * self._token_bytes))
         if group:
-            yield PUSH_FRAMES.encode_group(group), num_bytes
+            yield group
+
+    def _group(self, indices: list[int]) -> tuple[bytes, int]:
+        frames = [self._placed(index) for index in indices]
+        return PUSH_FRAMES.encode_group(frames), sum(frame.num_tokens for frame in frames) * self._token_bytes
 
     def _placed(self, index: int) -> ChunkFrame:
         """Brings a chunk to its place."""

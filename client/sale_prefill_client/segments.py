@@ -29,7 +29,7 @@ _WELCOME = b"\x01"
 CONNECT_SECONDS = 5.0
 _MANY_CORES = 8
 #: Bytes that are copied and digested at a time, so that the second of the two finds them in a cache.
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**19
 
 
 class SegmentUnreachableError(OSError):

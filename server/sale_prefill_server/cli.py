@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -68,6 +69,8 @@ async def _serve(config: ServerConfig) -> int:
             # Reading weights cannot be interrupted, and nothing is at stake yet.
             os._exit(EXIT_OK)
         await loading
+        gc.collect()
+        gc.freeze()  # looking through what libraries and model leave holds every thread up for tens of milliseconds
         metrics = f"http://{config.metrics_host}:{server.metrics_port}/metrics"
         print(f"sale-prefill ready: grpc {config.host}:{server.port} metrics {metrics}", flush=True)
         await waiting

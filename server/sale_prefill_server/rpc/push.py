@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
 
@@ -17,7 +18,7 @@ from sale_prefill.kv_frames import (
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.transfer.kv_writer import InOrder
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, stopped
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, SEGMENT_WRITERS, stopped
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.uploads import Upload, Uploads
 
@@ -56,7 +57,7 @@ async def read_header(requests: AsyncIterator[bytes], metadata: dict[str, str | 
 
 
 class PushStream:
-    """Takes one stream's chunks, a batch in a thread while the next is read.
+    """Takes one stream's chunks, a batch in a thread (of a segment several at once) while the next is read.
 
     Args:
         uploads: owner of `upload`.
@@ -80,7 +81,9 @@ class PushStream:
             PrefillError: what `KvWriter.take` refuses, or a message that is no chunk.
         """
         order, batch, batch_bytes = InOrder(), list[ChunkFrame](), 0
-        writing: Future[int] | None = None
+        writing: deque[Future[int]] = deque()
+        # A message of a segment's is small, and what it speaks of may be megabytes.
+        most = SEGMENT_WRITERS if self._segment is not None else 1
         try:
             async for raw in requests:
                 frames = decoded(raw)
@@ -89,22 +92,25 @@ class PushStream:
                 batch += map(order.check, frames)
                 batch_bytes += sum(map(self._upload.writer.num_bytes, frames))
                 self._uploads.touch(self._upload)
-                # A message of a segment's is small, and what it speaks of may be megabytes.
-                if batch_bytes >= BATCH_BYTES or (self._segment is not None and (writing is None or writing.done())):
-                    await self._written(writing)
-                    writing = self._write(batch)
+                if batch_bytes >= BATCH_BYTES or (self._segment is not None and len(writing) < most):
+                    await self._written(writing, most - 1)
+                    writing.append(self._write(batch))
                     batch, batch_bytes = [], 0
-            await self._written(writing)
-            writing = self._write(batch) if batch else None
-            await self._written(writing)
+            if batch:
+                await self._written(writing, most - 1)
+                writing.append(self._write(batch))
+            await self._written(writing, 0)
         finally:
-            await stopped(writing)
+            for future in writing:
+                await stopped(future)
 
     def _write(self, batch: list[ChunkFrame]) -> Future[int]:
         self.num_chunks += len(batch)
         return self._executor.submit(self._upload.writer.take, batch, self._segment)
 
-    async def _written(self, writing: Future[int] | None) -> None:
-        if writing is not None:
-            self.num_bytes += await asyncio.wrap_future(writing)
+    async def _written(self, writing: deque[Future[int]], most: int) -> None:
+        """Waits until no more than `most` batches are being written."""
+        while len(writing) > most:
+            self.num_bytes += await asyncio.wrap_future(writing[0])
+            writing.popleft()
             self._uploads.settle(self._upload)

@@ -62,7 +62,7 @@ class KvWriter:
         with self._lock:
             if not self._arrived.all():
                 return False
-            uncovered = int((~self._covered).sum())
+            uncovered = 0 if self._covered.all() else int((~self._covered).sum())
         if uncovered:
             raise invalid_field(
                 "manifest.total_chunks",

@@ -17,7 +17,7 @@ _Made = TypeVar("_Made")
 #: one that is being sent and the next.
 BATCH_BYTES = 4 * 2**20
 #: The same where the bytes go to a segment and nothing is held.
-SEGMENT_BATCH_BYTES = 16 * 2**20
+SEGMENT_BATCH_BYTES = 32 * 2**20
 #: Threads that copy and digest chunks of KV, and batches of a stream through a segment that are made at once: two on
 #: two cores. A GPU's copies are faster than one core digests (13 GB/s), so hosts with more cores use more.
 COPY_THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))

@@ -9,6 +9,7 @@ travels in a message.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,13 @@ from sale_prefill_server.transfer.chunks import KvRange, Layout
 from sale_prefill_server.transfer.digest import RunningDigest, running_digest
 from sale_prefill_server.transfer.segment_memory import SegmentTransport
 from sale_prefill_server.transfer.segments import Segment
-from sale_prefill_server.transfer.streaming_copy import can_gather, gather, streaming_copy
+from sale_prefill_server.transfer.streaming_copy import (
+    DIGESTED_BYTES,
+    can_gather,
+    copy_digested,
+    gather,
+    streaming_copy,
+)
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -89,8 +96,13 @@ class SegmentPlacement:
         Returns:
             The chunk's digest; 0 without one.
         """
+        num_tokens = sum(source.shape[0] for source in sources)
         with self._segment.memory() as memory:
-            place = self._place(memory, layer, kind, token_start, sum(source.shape[0] for source in sources))
+            if self._in_one_call(memory, sources):
+                address = self._address(memory, layer, kind, token_start, num_tokens)
+                addresses, sizes = _runs_of_memory(sources)
+                return copy_digested(_following(address, sizes), addresses, sizes, shared=False)
+            place = self._place(memory, layer, kind, token_start, num_tokens)
             digest = running_digest(self._checksum)
             if memory.is_cuda or sources[0].is_cuda:
                 from sale_prefill_server.transfer.device_copy import copy_and_wait
@@ -117,8 +129,13 @@ class SegmentPlacement:
         Returns:
             Digest of what is in the targets now; 0 without one.
         """
+        num_tokens = sum(target.shape[0] for target in targets)
         with self._segment.memory() as memory:
-            place = self._place(memory, layer, kind, token_start, sum(target.shape[0] for target in targets))
+            if self._in_one_call(memory, targets):
+                address = self._address(memory, layer, kind, token_start, num_tokens)
+                addresses, sizes = _runs_of_memory(targets)
+                return copy_digested(addresses, _following(address, sizes), sizes, shared=True)
+            place = self._place(memory, layer, kind, token_start, num_tokens)
             pairs = [(target, source) for source, target in _runs(place, targets, self._layout)]
             digest = running_digest(self._checksum)
             if memory.is_cuda or targets[0].is_cuda:
@@ -141,7 +158,30 @@ class SegmentPlacement:
             )
         return copy, self.take(layer, kind, token_start, [copy])
 
-    def _place(self, memory: torch.Tensor, layer: int, kind: int, token_start: int, num_tokens: int) -> torch.Tensor:
+    def _in_one_call(self, memory: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+        """Whether a chunk can be copied and digested by one native call, which Python's threads need not wait for."""
+        return (
+            self._layout is Layout.THD
+            and self._checksum is Checksum.XXH3_64
+            and not memory.is_cuda
+            and all(part.is_contiguous() and not part.is_cuda for part in parts)
+            and sum(part.nbytes for part in parts) >= DIGESTED_BYTES
+            and can_gather()
+        )
+
+    def _address(self, memory: torch.Tensor, layer: int, kind: int, token_start: int, num_tokens: int) -> int:
+        """Of a chunk, THD."""
+        start = self._checked_start(layer, kind, token_start, num_tokens)
+        tensor_index = 2 * (layer - self._range.layer_start) + kind
+        tensor_bytes = self.total_bytes // (2 * self._range.num_layers)
+        return memory.data_ptr() + tensor_index * tensor_bytes + start * tensor_bytes // self._range.num_tokens
+
+    def _checked_start(self, layer: int, kind: int, token_start: int, num_tokens: int) -> int:
+        """Index of a chunk's first token in the range.
+
+        Raises:
+            PrefillError: INVALID_FIELD, it is not all in the range.
+        """
         part = self._range
         start = token_start - part.token_start
         if not (
@@ -152,8 +192,23 @@ class SegmentPlacement:
             raise invalid_field(
                 "chunk", f"layer {layer}, kind {kind}, tokens [{token_start}, {token_start + num_tokens}) of {part}"
             )
+        return start
+
+    def _place(self, memory: torch.Tensor, layer: int, kind: int, token_start: int, num_tokens: int) -> torch.Tensor:
+        part = self._range
+        start = self._checked_start(layer, kind, token_start, num_tokens)
         tensor = memory[: self.total_bytes].view(self._shape.dtype).view(self._axes)[layer - part.layer_start, kind]
         return tensor.narrow(0 if self._layout is Layout.THD else 1, start, num_tokens)
+
+
+def _runs_of_memory(parts: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Addresses and sizes in bytes."""
+    return [part.data_ptr() for part in parts], [part.nbytes for part in parts]
+
+
+def _following(address: int, sizes: Sequence[int]) -> list[int]:
+    """Addresses of parts of those sizes that follow each other."""
+    return [address + before for before in accumulate(sizes[:-1], initial=0)]
 
 
 def _runs(

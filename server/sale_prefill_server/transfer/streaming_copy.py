@@ -14,6 +14,9 @@ from sale_attention.jit import BuildPlan, KernelBuildError, build, kernel_source
 
 logger = logging.getLogger(__name__)
 
+#: Shorter data has another digest than `copy_digested` makes.
+DIGESTED_BYTES = 241
+
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -38,6 +41,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     library.sale_streaming_copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     library.sale_streaming_copy.restype = None
+    pointers = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    library.sale_copy_digested.argtypes = (*pointers, ctypes.c_size_t, ctypes.c_int)
+    library.sale_copy_digested.restype = ctypes.c_uint64
     library.sale_gather.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     library.sale_gather.restype = None
     return library
@@ -52,8 +58,28 @@ def streaming_copy(target: _Bytes, source: _Bytes) -> None:
         library.sale_streaming_copy(target.ctypes.data, source.ctypes.data, target.size)
 
 
+def copy_digested(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], *, shared: bool) -> int:
+    """Copies runs of memory past the caches in one call, which other Python threads do not wait for.
+
+    Args:
+        targets, sources: addresses.
+        sizes: in bytes; DIGESTED_BYTES together at least.
+        shared: others may write the sources meanwhile; what is digested is what the targets get all the same.
+
+    Returns:
+        XXH3 (64 bits) of all runs together.
+    """
+    library = _library()
+    assert library is not None
+    to, from_, lengths = (np.array(each, dtype=np.uintp) for each in (targets, sources, sizes))
+    digest: int = library.sale_copy_digested(
+        to.ctypes.data, from_.ctypes.data, lengths.ctypes.data, len(lengths), shared
+    )
+    return digest
+
+
 def can_gather() -> bool:
-    """Whether `gather` is there; builds the library where this machine has not done that yet."""
+    """Whether `gather` and `copy_digested` are there; builds the library where this machine has not done that yet."""
     return _library() is not None
 
 
