@@ -54,7 +54,8 @@ BF16_TOLERANCE = 2.0**-7
 def server(*arguments: str) -> Iterator[Client]:
     """A server process of the default model, and a client of it."""
     executable = str(Path(sys.executable).parent / "sale-prefill")
-    command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *arguments]
+    command = [executable, "serve", "--port", "0", "--metrics-port", "0", "--log-level", "warning"]
+    command += ["--no-prefix-reuse", *arguments]  # prompts come again, and every time counts
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -197,7 +198,7 @@ class LocalModel:
     def prefilled_kv(
         self, tokens: list[int], *, chunk_tokens: int, dense: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """K and V of every layer after a prefill in chunks."""
+        """K and V [tokens, kv heads, head_dim] of every layer after a prefill in chunks."""
         engine = self._engine(chunk_tokens, dense=dense)
         sequence = self._sequence(engine, len(tokens))
         position = 0
@@ -207,7 +208,9 @@ class LocalModel:
                 sequence, tokens[position:end], prompt_end=len(tokens), statistics=engine.new_statistics()
             )
             position = end
-        return [sequence.kv.view(layer, len(tokens)) for layer in range(self.model.kv_shape.num_layers)]
+        layers, count = range(self.model.kv_shape.num_layers), len(tokens)
+        keys, values = ([torch.cat(sequence.kv.segments(layer, kind, 0, count)) for layer in layers] for kind in (0, 1))
+        return list(zip(keys, values, strict=True))
 
 
 def check_agreement(report: Report) -> None:

@@ -163,7 +163,7 @@ def measure_large_model(
     files = tuple(locate_traces(traces))
     model = replace(model, traces=files, turn_tiles=turn_tiles)
     ways = {"dense": Attention.dense(), **{f"SALE stride {n}": Attention.sale(THRESHOLD, n) for n in strides}}
-    settings = {"device": device, "chunk_tokens": chunk_tokens, "model": "random-llama"}
+    settings = {"device": device, "chunk_tokens": chunk_tokens, "model": "random-llama", "prefix_reuse": False}
     generator = torch.Generator().manual_seed(0)
     tokens: list[int] = torch.randint(model.vocabulary, (max(lengths),), generator=generator).tolist()
     runs: dict[tuple[int, str], list[Timed]] = {(n, way): [] for n in lengths for way in ways}
@@ -265,7 +265,6 @@ def measure_engine_decode(tokens: int = 65_536, count: int = 32, model: RandomLl
         )
         sequence = engine.open(settings)
         sequence.kv.reserve(tokens + count)
-        sequence.kv.make_room(tokens + count)  # what the memory holds does not matter
         sequence.kv.extend_to(tokens)
         taken = []
         for token in range(count):
@@ -328,7 +327,7 @@ def measure_default_model(
         questions: take that many prompts of each kind only.
     """
     # A GPU runs prompts of this length and model dense, left to itself.
-    settings = {"dense_rows": SaleConfig().dense_rows}
+    settings = {"dense_rows": SaleConfig().dense_rows, "prefix_reuse": False}
     with (
         child_server({"device": reference, **settings}) as expected,
         child_server({"device": device, **settings}) as got,

@@ -1,5 +1,5 @@
-"""A server process with KV of some shape and random bytes in it, and nothing else to do: a model with much KV and little
-of anything else, and a session that was pushed."""
+"""A server process with KV of some shape and random bytes in it, and nothing else to do: a model with much KV and
+little of anything else, and a session that was pushed."""
 
 from __future__ import annotations
 

@@ -197,9 +197,10 @@ def inline_checksum(inline: InlineKv) -> Checksum:
 
 def inline_kv_message(inline: InlineKv) -> prefill_service_pb2.InlineKv:
     """What a prefill says about KV that is to come with it."""
+    default = 0 if inline.segment is None else inline.segment.default_chunk_bytes
     message = prefill_service_pb2.InlineKv(
         layout=_choice(_LAYOUTS, "layout", inline.layout),
-        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes or 0),
+        chunk_bytes=_count("chunk_bytes", inline.chunk_bytes or default),
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", inline_checksum(inline)),
         transfer_id="" if inline.segment is None else inline.segment.transfer_id,
     )
@@ -313,6 +314,7 @@ def pull_request(
         checksum_algorithm=_choice(ALGORITHM_NUMBERS, "checksum", checksum),
         generation=_count("generation", generation, _UINT64_LIMIT),
         transfer_id=transfer_id,
+        group_chunks=bool(transfer_id),
         include_token_ids=True,
     )
     if expected_spec is not None:  # in whatever order of axes: `layout` says which one comes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +170,11 @@ class KvAssembler:
         self._next_token[layer, kind] += chunk.num_tokens
         self._next_index += 1
         self._received_bytes += num_bytes
+
+    def add_chunks(self, chunks: Sequence[ChunkFrame]) -> None:
+        """The same for several chunks, in order."""
+        for chunk in chunks:
+            self.add_chunk(chunk)
 
     def _take(self, chunk: ChunkFrame | kv_pb2.KvChunk, place: npt.NDArray[np.uint8], num_bytes: int) -> None:
         """Check a chunk's bytes, which are to be so many, and bring them to their place."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from sale_prefill.v1 import kv_transfer_service_pb2, prefill_service_pb2
+from sale_prefill.v1 import kv_pb2, kv_transfer_service_pb2, prefill_service_pb2
 
 #: Wire types (protobuf encoding guide).
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
@@ -103,6 +103,21 @@ class FrameCodec:
         opening = bytes([self._tag]) + _varint(len(header) + data_bytes)
         return b"".join((opening, header, *parts))
 
+    def encode_group(self, frames: Sequence[ChunkFrame]) -> bytes:
+        """The bytes of one message with several chunks, none of which has data."""
+        message = self._message_class()
+        for frame in frames:
+            message.chunks.chunks.add(
+                index=frame.index,
+                layer=frame.layer,
+                kind=frame.kind,
+                token_start=frame.token_start,
+                num_tokens=frame.num_tokens,
+                checksum=frame.checksum,
+            )
+        encoded: bytes = message.SerializeToString()
+        return encoded
+
     def decode(self, raw: bytes) -> ChunkFrame | Any:
         """The chunk, or the parsed message where it holds something else.
 
@@ -118,10 +133,7 @@ class FrameCodec:
             raise FrameError(f"{len(raw)} bytes are no {self._message_class.DESCRIPTOR.name}") from error
         if not message.HasField(self._field):
             return message
-        chunk = getattr(message, self._field)
-        return ChunkFrame(
-            chunk.index, chunk.layer, chunk.kind, chunk.token_start, chunk.num_tokens, chunk.checksum, chunk.data
-        )
+        return _frame_of(getattr(message, self._field))
 
     def _chunk(self, raw: bytes) -> ChunkFrame | None:
         """A chunk whose fields come once, in order, as every protobuf library writes them; None for anything else."""
@@ -134,6 +146,17 @@ class FrameCodec:
             return _fields(raw, position)
         except IndexError:
             return None
+
+
+def group_frames(group: kv_pb2.KvChunks) -> list[ChunkFrame]:
+    """The chunks of a group."""
+    return [_frame_of(chunk) for chunk in group.chunks]
+
+
+def _frame_of(chunk: kv_pb2.KvChunk) -> ChunkFrame:
+    return ChunkFrame(
+        chunk.index, chunk.layer, chunk.kind, chunk.token_start, chunk.num_tokens, chunk.checksum, chunk.data
+    )
 
 
 def _fields(raw: bytes, position: int) -> ChunkFrame | None:

@@ -72,6 +72,7 @@ from sale_prefill_server.sessions.manager import SessionManager
 from sale_prefill_server.sessions.session import Durability, Retention, SessionState
 from sale_prefill_server.sessions.tiers import durabilities, open_store, recover_sessions
 from sale_prefill_server.transfer.configured_segments import configured_broker
+from sale_prefill_server.transfer.read_ahead import COPY_THREADS
 from sale_prefill_server.transfer.segments import SegmentBroker
 from sale_prefill_server.transfer.uploads import Uploads
 
@@ -89,9 +90,6 @@ _SWEEP_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
 #: Seconds that sessions get to be written to other tiers at shutdown.
 _SAVE_SECONDS = 30.0
-#: Threads that copy and digest chunks of KV: one keeps ahead of a stream, and a stream in another's way waits for
-#: one chunk.
-_COPY_THREADS = 2
 #: Prefill chunk by device where settings name none. Others wait for one chunk at most: about a second of a small model
 #: on two cores, and of an 8B model at 128K tokens on an H100, whose kernels want some thousand rows to fill it.
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -142,7 +140,7 @@ class Server:
         self._grpc: grpc.aio.Server | None = None
         self._http: tuple[Any, threading.Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._copiers = ThreadPoolExecutor(_COPY_THREADS, "kv-copy")
+        self._copiers = ThreadPoolExecutor(COPY_THREADS, "kv-copy")
 
     async def start(self) -> None:
         """Binds both ports.

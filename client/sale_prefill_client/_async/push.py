@@ -18,7 +18,7 @@ from ..cuda_segments import Segment
 from ..errors import ProtocolError, SessionBusyError, UnavailableError
 from ..kv import KvCache
 from ..kv_chunks import KvChunks, Runs, split_runs
-from ..options import DEFAULT_CHUNK_BYTES, SEGMENT_CHUNK_BYTES, Attention, Checksum, Durability, Pin
+from ..options import DEFAULT_CHUNK_BYTES, Attention, Checksum, Durability, Pin
 from ..progress import BytesCallback, bytes_reporter
 from ..results import Session
 from ..segment_kv import SegmentChunks
@@ -96,7 +96,7 @@ class AsyncPushCalls(AsyncConnection):
         elif stripes > 1:
             raise ValueError("KV goes through a segment in one stream: leave out stripes")
         else:
-            size, digest = chunk_bytes or SEGMENT_CHUNK_BYTES, checksum or segment.default_checksum
+            size, digest = chunk_bytes or segment.default_chunk_bytes, checksum or segment.default_checksum
             chunks = await run_blocking(SegmentChunks, segment, kv, token_ids, size, digest)
         request = _requests.push_request(
             chunks.manifest(),

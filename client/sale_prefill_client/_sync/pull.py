@@ -17,6 +17,7 @@ from sale_prefill.kv_frames import (
     PULL_FRAMES,
     ChunkFrame,
     FrameError,
+    group_frames,
     keep_freed_memory,
     message_digest,
 )
@@ -30,7 +31,7 @@ from ..errors import ProtocolError, SalePrefillError, TransferUnknownError
 from ..kv import KvCache
 from ..kv_assembly import KvAssembler
 from ..kv_stripes import Stripe, StripePlan, flat_memory
-from ..options import DEFAULT_CHUNK_BYTES, SEGMENT_CHUNK_BYTES, Checksum, Layout, Range, SegmentTransport
+from ..options import DEFAULT_CHUNK_BYTES, Checksum, Layout, Range, SegmentTransport
 from ..progress import BytesCallback, bytes_reporter
 from ..results import KvSpec
 from ..segment_kv import SegmentAssembler
@@ -131,7 +132,7 @@ class PullCalls(SessionCalls, TransferCalls):
             _requests.pull_request,
             session_id,
             layout=layout,
-            chunk_bytes=chunk_bytes or (DEFAULT_CHUNK_BYTES if segment is None else SEGMENT_CHUNK_BYTES),
+            chunk_bytes=chunk_bytes or (DEFAULT_CHUNK_BYTES if segment is None else segment.default_chunk_bytes),
             checksum=digest,
             expected_spec=expected_spec,
             transfer_id="" if segment is None else segment.transfer_id,
@@ -241,6 +242,10 @@ def _assemble(frames: EventStream, assembler: KvAssembler, report: Callable[[], 
             raise ProtocolError(f"the KV stream is broken: {error}; pull again") from error
         if isinstance(frame, ChunkFrame):
             assembler.add_chunk(frame)
+            frames.progressed()
+            report()
+        elif frame.HasField("chunks"):
+            assembler.add_chunks(group_frames(frame.chunks))
             frames.progressed()
             report()
         else:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sale_prefill/v1/kv.proto\x12\x0fsale_prefill.v1\"\xee\x01\n\x06KvSpec\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x32\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32\x1c.sale_prefill.v1.ElementType\x12)\n\x06layout\x18\x03 \x01(\x0e\x32\x19.sale_prefill.v1.KvLayout\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0crope_applied\x18\x07 \x01(\x08\x12\x18\n\x10rope_fingerprint\x18\x08 \x01(\t\"Y\n\x07KvRange\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x11\n\ttoken_end\x18\x02 \x01(\r\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\"\x88\x02\n\nKvManifest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\'\n\x05range\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_chunks\x18\x04 \x01(\r\x12>\n\x12\x63hecksum_algorithm\x18\x05 \x01(\x0e\x32\".sale_prefill.v1.ChecksumAlgorithm\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x14\n\x0ctoken_digest\x18\x07 \x01(\x0c\x12\x15\n\ttoken_ids\x18\x08 \x03(\rB\x02\x10\x01\"\x97\x01\n\x07KvChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.sale_prefill.v1.KvKind\x12\x13\n\x0btoken_start\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c*\xcf\x01\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03\x12\x1e\n\x1a\x45LEMENT_TYPE_FLOAT8_E4M3FN\x10\x04\x12\x1c\n\x18\x45LEMENT_TYPE_FLOAT8_E5M2\x10\x05\x12\x15\n\x11\x45LEMENT_TYPE_INT8\x10\x06*K\n\x08KvLayout\x12\x19\n\x15KV_LAYOUT_UNSPECIFIED\x10\x00\x12\x11\n\rKV_LAYOUT_HTD\x10\x01\x12\x11\n\rKV_LAYOUT_THD\x10\x02*E\n\x06KvKind\x12\x17\n\x13KV_KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_KIND_KEY\x10\x01\x12\x11\n\rKV_KIND_VALUE\x10\x02*\x93\x01\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HECKSUM_ALGORITHM_NONE\x10\x01\x12\x1d\n\x19\x43HECKSUM_ALGORITHM_CRC32C\x10\x02\x12\x1e\n\x1a\x43HECKSUM_ALGORITHM_XXH3_64\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sale_prefill/v1/kv.proto\x12\x0fsale_prefill.v1\"\xee\x01\n\x06KvSpec\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x32\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32\x1c.sale_prefill.v1.ElementType\x12)\n\x06layout\x18\x03 \x01(\x0e\x32\x19.sale_prefill.v1.KvLayout\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0crope_applied\x18\x07 \x01(\x08\x12\x18\n\x10rope_fingerprint\x18\x08 \x01(\t\"Y\n\x07KvRange\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x11\n\ttoken_end\x18\x02 \x01(\r\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\"\x88\x02\n\nKvManifest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\'\n\x05range\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_chunks\x18\x04 \x01(\r\x12>\n\x12\x63hecksum_algorithm\x18\x05 \x01(\x0e\x32\".sale_prefill.v1.ChecksumAlgorithm\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x14\n\x0ctoken_digest\x18\x07 \x01(\x0c\x12\x15\n\ttoken_ids\x18\x08 \x03(\rB\x02\x10\x01\"\x97\x01\n\x07KvChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.sale_prefill.v1.KvKind\x12\x13\n\x0btoken_start\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"4\n\x08KvChunks\x12(\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x18.sale_prefill.v1.KvChunk*\xcf\x01\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03\x12\x1e\n\x1a\x45LEMENT_TYPE_FLOAT8_E4M3FN\x10\x04\x12\x1c\n\x18\x45LEMENT_TYPE_FLOAT8_E5M2\x10\x05\x12\x15\n\x11\x45LEMENT_TYPE_INT8\x10\x06*K\n\x08KvLayout\x12\x19\n\x15KV_LAYOUT_UNSPECIFIED\x10\x00\x12\x11\n\rKV_LAYOUT_HTD\x10\x01\x12\x11\n\rKV_LAYOUT_THD\x10\x02*E\n\x06KvKind\x12\x17\n\x13KV_KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_KIND_KEY\x10\x01\x12\x11\n\rKV_KIND_VALUE\x10\x02*\x93\x01\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HECKSUM_ALGORITHM_NONE\x10\x01\x12\x1d\n\x19\x43HECKSUM_ALGORITHM_CRC32C\x10\x02\x12\x1e\n\x1a\x43HECKSUM_ALGORITHM_XXH3_64\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_KVMANIFEST'].fields_by_name['token_ids']._loaded_options = None
   _globals['_KVMANIFEST'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_ELEMENTTYPE']._serialized_start=799
-  _globals['_ELEMENTTYPE']._serialized_end=1006
-  _globals['_KVLAYOUT']._serialized_start=1008
-  _globals['_KVLAYOUT']._serialized_end=1083
-  _globals['_KVKIND']._serialized_start=1085
-  _globals['_KVKIND']._serialized_end=1154
-  _globals['_CHECKSUMALGORITHM']._serialized_start=1157
-  _globals['_CHECKSUMALGORITHM']._serialized_end=1304
+  _globals['_ELEMENTTYPE']._serialized_start=853
+  _globals['_ELEMENTTYPE']._serialized_end=1060
+  _globals['_KVLAYOUT']._serialized_start=1062
+  _globals['_KVLAYOUT']._serialized_end=1137
+  _globals['_KVKIND']._serialized_start=1139
+  _globals['_KVKIND']._serialized_end=1208
+  _globals['_CHECKSUMALGORITHM']._serialized_start=1211
+  _globals['_CHECKSUMALGORITHM']._serialized_end=1358
   _globals['_KVSPEC']._serialized_start=46
   _globals['_KVSPEC']._serialized_end=284
   _globals['_KVRANGE']._serialized_start=286
@@ -49,4 +49,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVMANIFEST']._serialized_end=642
   _globals['_KVCHUNK']._serialized_start=645
   _globals['_KVCHUNK']._serialized_end=796
+  _globals['_KVCHUNKS']._serialized_start=798
+  _globals['_KVCHUNKS']._serialized_end=850
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ from sale_prefill.v1 import kv_pb2 as sale__prefill_dot_v1_dot_kv__pb2
 from sale_prefill.v1 import session_service_pb2 as sale__prefill_dot_v1_dot_session__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)sale_prefill/v1/kv_transfer_service.proto\x12\x0fsale_prefill.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sale_prefill/v1/kv.proto\x1a%sale_prefill/v1/session_service.proto\"\x8f\x03\n\rPullKvRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\'\n\x05range\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12)\n\x06layout\x18\x03 \x01(\x0e\x32\x19.sale_prefill.v1.KvLayout\x12\x32\n\x0c\x65lement_type\x18\x04 \x01(\x0e\x32\x1c.sale_prefill.v1.ElementType\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\r\x12>\n\x12\x63hecksum_algorithm\x18\x06 \x01(\x0e\x32\".sale_prefill.v1.ChecksumAlgorithm\x12\x19\n\x11resume_from_chunk\x18\x07 \x01(\r\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12.\n\rexpected_spec\x18\t \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x13\n\x0btransfer_id\x18\n \x01(\t\x12\x19\n\x11include_token_ids\x18\x0b \x01(\x08\"u\n\x0ePullKvResponse\x12/\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifestH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvChunkH\x00\x42\x07\n\x05\x66rame\"T\n\x0fOpenPushRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x06header\x18\x02 \x01(\x0b\x32\x1d.sale_prefill.v1.PushKvHeader\"\x83\x01\n\x10OpenPushResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x31\n\x0emissing_chunks\x18\x02 \x03(\x0b\x32\x19.sale_prefill.v1.ChunkRun\x12)\n\x07session\x18\x03 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"&\n\x08\x43hunkRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"t\n\rPushKvRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.sale_prefill.v1.PushKvHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvChunkH\x00\x42\x07\n\x05\x66rame\"\xe5\x02\n\x0cPushKvHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifest\x12\x33\n\tretention\x18\x04 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x39\n\x06labels\x18\x06 \x03(\x0b\x32).sale_prefill.v1.PushKvHeader.LabelsEntry\x12\x11\n\tupload_id\x18\x07 \x01(\t\x12\x13\n\x0btransfer_id\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"T\n\x0ePushKvResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12\x17\n\x0f\x61\x63\x63\x65pted_chunks\x18\x02 \x01(\r\"\xb1\x01\n\x13OpenTransferRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\ntransports\x18\x02 \x03(\x0e\x32\x1a.sale_prefill.v1.Transport\x12\'\n\x05range\x18\x03 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12\x19\n\x11\x63lient_descriptor\x18\x04 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\"\xe9\x01\n\x14OpenTransferResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12-\n\ttransport\x18\x02 \x01(\x0e\x32\x1a.sale_prefill.v1.Transport\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifest\x12\x19\n\x11server_descriptor\x18\x04 \x01(\x0c\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"3\n\rShmDescriptor\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"l\n\x11\x43udaIpcDescriptor\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\x0c\x12\x32\n\nconnection\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.ShmDescriptor\">\n\x14\x43loseTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\tcompleted\x18\x02 \x01(\x08\"\x17\n\x15\x43loseTransferResponse*\x91\x01\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x12\x12\n\x0eTRANSPORT_NIXL\x10\x04\x12\x16\n\x12TRANSPORT_MOONCAKE\x10\x05\x32\xbb\x03\n\x11KvTransferService\x12K\n\x06PullKv\x12\x1e.sale_prefill.v1.PullKvRequest\x1a\x1f.sale_prefill.v1.PullKvResponse0\x01\x12O\n\x08OpenPush\x12 .sale_prefill.v1.OpenPushRequest\x1a!.sale_prefill.v1.OpenPushResponse\x12K\n\x06PushKv\x12\x1e.sale_prefill.v1.PushKvRequest\x1a\x1f.sale_prefill.v1.PushKvResponse(\x01\x12[\n\x0cOpenTransfer\x12$.sale_prefill.v1.OpenTransferRequest\x1a%.sale_prefill.v1.OpenTransferResponse\x12^\n\rCloseTransfer\x12%.sale_prefill.v1.CloseTransferRequest\x1a&.sale_prefill.v1.CloseTransferResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)sale_prefill/v1/kv_transfer_service.proto\x12\x0fsale_prefill.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sale_prefill/v1/kv.proto\x1a%sale_prefill/v1/session_service.proto\"\xa5\x03\n\rPullKvRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\'\n\x05range\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12)\n\x06layout\x18\x03 \x01(\x0e\x32\x19.sale_prefill.v1.KvLayout\x12\x32\n\x0c\x65lement_type\x18\x04 \x01(\x0e\x32\x1c.sale_prefill.v1.ElementType\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\r\x12>\n\x12\x63hecksum_algorithm\x18\x06 \x01(\x0e\x32\".sale_prefill.v1.ChecksumAlgorithm\x12\x19\n\x11resume_from_chunk\x18\x07 \x01(\r\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12.\n\rexpected_spec\x18\t \x01(\x0b\x32\x17.sale_prefill.v1.KvSpec\x12\x13\n\x0btransfer_id\x18\n \x01(\t\x12\x19\n\x11include_token_ids\x18\x0b \x01(\x08\x12\x14\n\x0cgroup_chunks\x18\x0c \x01(\x08\"\xa2\x01\n\x0ePullKvResponse\x12/\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifestH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvChunkH\x00\x12+\n\x06\x63hunks\x18\x03 \x01(\x0b\x32\x19.sale_prefill.v1.KvChunksH\x00\x42\x07\n\x05\x66rame\"T\n\x0fOpenPushRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x06header\x18\x02 \x01(\x0b\x32\x1d.sale_prefill.v1.PushKvHeader\"\x83\x01\n\x10OpenPushResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x31\n\x0emissing_chunks\x18\x02 \x03(\x0b\x32\x19.sale_prefill.v1.ChunkRun\x12)\n\x07session\x18\x03 \x01(\x0b\x32\x18.sale_prefill.v1.Session\"&\n\x08\x43hunkRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xa1\x01\n\rPushKvRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.sale_prefill.v1.PushKvHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.sale_prefill.v1.KvChunkH\x00\x12+\n\x06\x63hunks\x18\x03 \x01(\x0b\x32\x19.sale_prefill.v1.KvChunksH\x00\x42\x07\n\x05\x66rame\"\xe5\x02\n\x0cPushKvHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifest\x12\x33\n\tretention\x18\x04 \x01(\x0b\x32 .sale_prefill.v1.RetentionPolicy\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sale_prefill.v1.AttentionOptions\x12\x39\n\x06labels\x18\x06 \x03(\x0b\x32).sale_prefill.v1.PushKvHeader.LabelsEntry\x12\x11\n\tupload_id\x18\x07 \x01(\t\x12\x13\n\x0btransfer_id\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"T\n\x0ePushKvResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.sale_prefill.v1.Session\x12\x17\n\x0f\x61\x63\x63\x65pted_chunks\x18\x02 \x01(\r\"\xb1\x01\n\x13OpenTransferRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\ntransports\x18\x02 \x03(\x0e\x32\x1a.sale_prefill.v1.Transport\x12\'\n\x05range\x18\x03 \x01(\x0b\x32\x18.sale_prefill.v1.KvRange\x12\x19\n\x11\x63lient_descriptor\x18\x04 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\"\xe9\x01\n\x14OpenTransferResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12-\n\ttransport\x18\x02 \x01(\x0e\x32\x1a.sale_prefill.v1.Transport\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.sale_prefill.v1.KvManifest\x12\x19\n\x11server_descriptor\x18\x04 \x01(\x0c\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"3\n\rShmDescriptor\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"l\n\x11\x43udaIpcDescriptor\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\x0c\x12\x32\n\nconnection\x18\x03 \x01(\x0b\x32\x1e.sale_prefill.v1.ShmDescriptor\">\n\x14\x43loseTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\tcompleted\x18\x02 \x01(\x08\"\x17\n\x15\x43loseTransferResponse*\x91\x01\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x16\n\x12TRANSPORT_CUDA_IPC\x10\x03\x12\x12\n\x0eTRANSPORT_NIXL\x10\x04\x12\x16\n\x12TRANSPORT_MOONCAKE\x10\x05\x32\xbb\x03\n\x11KvTransferService\x12K\n\x06PullKv\x12\x1e.sale_prefill.v1.PullKvRequest\x1a\x1f.sale_prefill.v1.PullKvResponse0\x01\x12O\n\x08OpenPush\x12 .sale_prefill.v1.OpenPushRequest\x1a!.sale_prefill.v1.OpenPushResponse\x12K\n\x06PushKv\x12\x1e.sale_prefill.v1.PushKvRequest\x1a\x1f.sale_prefill.v1.PushKvResponse(\x01\x12[\n\x0cOpenTransfer\x12$.sale_prefill.v1.OpenTransferRequest\x1a%.sale_prefill.v1.OpenTransferResponse\x12^\n\rCloseTransfer\x12%.sale_prefill.v1.CloseTransferRequest\x1a&.sale_prefill.v1.CloseTransferResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,38 +38,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUSHKVHEADER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PUSHKVHEADER'].fields_by_name['token_ids']._loaded_options = None
   _globals['_PUSHKVHEADER'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_TRANSPORT']._serialized_start=2174
-  _globals['_TRANSPORT']._serialized_end=2319
+  _globals['_TRANSPORT']._serialized_start=2288
+  _globals['_TRANSPORT']._serialized_end=2433
   _globals['_PULLKVREQUEST']._serialized_start=161
-  _globals['_PULLKVREQUEST']._serialized_end=560
-  _globals['_PULLKVRESPONSE']._serialized_start=562
-  _globals['_PULLKVRESPONSE']._serialized_end=679
-  _globals['_OPENPUSHREQUEST']._serialized_start=681
-  _globals['_OPENPUSHREQUEST']._serialized_end=765
-  _globals['_OPENPUSHRESPONSE']._serialized_start=768
-  _globals['_OPENPUSHRESPONSE']._serialized_end=899
-  _globals['_CHUNKRUN']._serialized_start=901
-  _globals['_CHUNKRUN']._serialized_end=939
-  _globals['_PUSHKVREQUEST']._serialized_start=941
-  _globals['_PUSHKVREQUEST']._serialized_end=1057
-  _globals['_PUSHKVHEADER']._serialized_start=1060
-  _globals['_PUSHKVHEADER']._serialized_end=1417
-  _globals['_PUSHKVHEADER_LABELSENTRY']._serialized_start=1372
-  _globals['_PUSHKVHEADER_LABELSENTRY']._serialized_end=1417
-  _globals['_PUSHKVRESPONSE']._serialized_start=1419
-  _globals['_PUSHKVRESPONSE']._serialized_end=1503
-  _globals['_OPENTRANSFERREQUEST']._serialized_start=1506
-  _globals['_OPENTRANSFERREQUEST']._serialized_end=1683
-  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1686
-  _globals['_OPENTRANSFERRESPONSE']._serialized_end=1919
-  _globals['_SHMDESCRIPTOR']._serialized_start=1921
-  _globals['_SHMDESCRIPTOR']._serialized_end=1972
-  _globals['_CUDAIPCDESCRIPTOR']._serialized_start=1974
-  _globals['_CUDAIPCDESCRIPTOR']._serialized_end=2082
-  _globals['_CLOSETRANSFERREQUEST']._serialized_start=2084
-  _globals['_CLOSETRANSFERREQUEST']._serialized_end=2146
-  _globals['_CLOSETRANSFERRESPONSE']._serialized_start=2148
-  _globals['_CLOSETRANSFERRESPONSE']._serialized_end=2171
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2322
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2765
+  _globals['_PULLKVREQUEST']._serialized_end=582
+  _globals['_PULLKVRESPONSE']._serialized_start=585
+  _globals['_PULLKVRESPONSE']._serialized_end=747
+  _globals['_OPENPUSHREQUEST']._serialized_start=749
+  _globals['_OPENPUSHREQUEST']._serialized_end=833
+  _globals['_OPENPUSHRESPONSE']._serialized_start=836
+  _globals['_OPENPUSHRESPONSE']._serialized_end=967
+  _globals['_CHUNKRUN']._serialized_start=969
+  _globals['_CHUNKRUN']._serialized_end=1007
+  _globals['_PUSHKVREQUEST']._serialized_start=1010
+  _globals['_PUSHKVREQUEST']._serialized_end=1171
+  _globals['_PUSHKVHEADER']._serialized_start=1174
+  _globals['_PUSHKVHEADER']._serialized_end=1531
+  _globals['_PUSHKVHEADER_LABELSENTRY']._serialized_start=1486
+  _globals['_PUSHKVHEADER_LABELSENTRY']._serialized_end=1531
+  _globals['_PUSHKVRESPONSE']._serialized_start=1533
+  _globals['_PUSHKVRESPONSE']._serialized_end=1617
+  _globals['_OPENTRANSFERREQUEST']._serialized_start=1620
+  _globals['_OPENTRANSFERREQUEST']._serialized_end=1797
+  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1800
+  _globals['_OPENTRANSFERRESPONSE']._serialized_end=2033
+  _globals['_SHMDESCRIPTOR']._serialized_start=2035
+  _globals['_SHMDESCRIPTOR']._serialized_end=2086
+  _globals['_CUDAIPCDESCRIPTOR']._serialized_start=2088
+  _globals['_CUDAIPCDESCRIPTOR']._serialized_end=2196
+  _globals['_CLOSETRANSFERREQUEST']._serialized_start=2198
+  _globals['_CLOSETRANSFERREQUEST']._serialized_end=2260
+  _globals['_CLOSETRANSFERRESPONSE']._serialized_start=2262
+  _globals['_CLOSETRANSFERRESPONSE']._serialized_end=2285
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2436
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2879
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ TRANSPORT_NIXL: Transport
 TRANSPORT_MOONCAKE: Transport
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("session_id", "range", "layout", "element_type", "chunk_bytes", "checksum_algorithm", "resume_from_chunk", "generation", "expected_spec", "transfer_id", "include_token_ids")
+    __slots__ = ("session_id", "range", "layout", "element_type", "chunk_bytes", "checksum_algorithm", "resume_from_chunk", "generation", "expected_spec", "transfer_id", "include_token_ids", "group_chunks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class PullKvRequest(_message.Message):
     EXPECTED_SPEC_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     range: _kv_pb2.KvRange
     layout: _kv_pb2.KvLayout
@@ -51,15 +52,18 @@ class PullKvRequest(_message.Message):
     expected_spec: _kv_pb2.KvSpec
     transfer_id: str
     include_token_ids: bool
-    def __init__(self, session_id: _Optional[str] = ..., range: _Optional[_Union[_kv_pb2.KvRange, _Mapping]] = ..., layout: _Optional[_Union[_kv_pb2.KvLayout, str]] = ..., element_type: _Optional[_Union[_kv_pb2.ElementType, str]] = ..., chunk_bytes: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[_kv_pb2.ChecksumAlgorithm, str]] = ..., resume_from_chunk: _Optional[int] = ..., generation: _Optional[int] = ..., expected_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., transfer_id: _Optional[str] = ..., include_token_ids: _Optional[bool] = ...) -> None: ...
+    group_chunks: bool
+    def __init__(self, session_id: _Optional[str] = ..., range: _Optional[_Union[_kv_pb2.KvRange, _Mapping]] = ..., layout: _Optional[_Union[_kv_pb2.KvLayout, str]] = ..., element_type: _Optional[_Union[_kv_pb2.ElementType, str]] = ..., chunk_bytes: _Optional[int] = ..., checksum_algorithm: _Optional[_Union[_kv_pb2.ChecksumAlgorithm, str]] = ..., resume_from_chunk: _Optional[int] = ..., generation: _Optional[int] = ..., expected_spec: _Optional[_Union[_kv_pb2.KvSpec, _Mapping]] = ..., transfer_id: _Optional[str] = ..., include_token_ids: _Optional[bool] = ..., group_chunks: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("manifest", "chunk")
+    __slots__ = ("manifest", "chunk", "chunks")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
     manifest: _kv_pb2.KvManifest
     chunk: _kv_pb2.KvChunk
-    def __init__(self, manifest: _Optional[_Union[_kv_pb2.KvManifest, _Mapping]] = ..., chunk: _Optional[_Union[_kv_pb2.KvChunk, _Mapping]] = ...) -> None: ...
+    chunks: _kv_pb2.KvChunks
+    def __init__(self, manifest: _Optional[_Union[_kv_pb2.KvManifest, _Mapping]] = ..., chunk: _Optional[_Union[_kv_pb2.KvChunk, _Mapping]] = ..., chunks: _Optional[_Union[_kv_pb2.KvChunks, _Mapping]] = ...) -> None: ...
 
 class OpenPushRequest(_message.Message):
     __slots__ = ("request_id", "header")
@@ -88,12 +92,14 @@ class ChunkRun(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class PushKvRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "chunks")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
     header: PushKvHeader
     chunk: _kv_pb2.KvChunk
-    def __init__(self, header: _Optional[_Union[PushKvHeader, _Mapping]] = ..., chunk: _Optional[_Union[_kv_pb2.KvChunk, _Mapping]] = ...) -> None: ...
+    chunks: _kv_pb2.KvChunks
+    def __init__(self, header: _Optional[_Union[PushKvHeader, _Mapping]] = ..., chunk: _Optional[_Union[_kv_pb2.KvChunk, _Mapping]] = ..., chunks: _Optional[_Union[_kv_pb2.KvChunks, _Mapping]] = ...) -> None: ...
 
 class PushKvHeader(_message.Message):
     __slots__ = ("session_id", "token_ids", "manifest", "retention", "attention", "labels", "upload_id", "transfer_id")

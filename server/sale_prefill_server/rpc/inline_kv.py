@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
-from contextlib import ExitStack, suppress
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, aclosing, suppress
 
 from sale_prefill.kv_frames import PREFILL_FRAMES
 from sale_prefill.v1 import kv_pb2
@@ -29,7 +30,7 @@ from sale_prefill_server.rpc.kv_messages import (
 from sale_prefill_server.sessions.session import token_digest
 from sale_prefill_server.transfer.chunks import ChunkPlan, resolve_range
 from sale_prefill_server.transfer.kv_reader import KvReader
-from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, SEGMENT_BATCH_BYTES
+from sale_prefill_server.transfer.read_ahead import BATCH_BYTES, SEGMENT_BATCH_BYTES, SEGMENT_WRITERS
 from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.segments import SegmentBroker
 
@@ -172,39 +173,50 @@ class InlineStream:
 
     async def frames(self) -> AsyncIterator[bytes]:
         """Every chunk as soon as it is there."""
-        batch_bytes = BATCH_BYTES if self._transport == "grpc" else SEGMENT_BATCH_BYTES
-        batch = max(1, batch_bytes // self._plan.chunk_bytes)
         while self._next < self._plan.total_chunks:
             kv = self._kept.kv
-            reader = self._reader(kv)
             with kv.watched(self._wake):
-                while self._next < self._plan.total_chunks and kv is self._kept.kv:
-                    self._changed.clear()
-                    end = self._ready_until(kv, self._next + batch)
-                    if end == self._next:
-                        await self._changed.wait()
-                        continue
-                    async for frame in self._read(kv, reader, end):
+                async with aclosing(self._frames_of(kv)) as frames:
+                    async for frame in frames:
                         yield frame
-                    self._next = end
 
-    async def _read(self, kv: SessionKv, reader: KvReader, end: int) -> AsyncIterator[bytes]:
+    async def _frames_of(self, kv: SessionKv) -> AsyncGenerator[bytes, None]:
+        """Until all were sent, or the stream goes on with other KV; some batches are made while one is sent."""
+        in_segment = self._transport != "grpc"
+        batch_bytes, most = (SEGMENT_BATCH_BYTES, SEGMENT_WRITERS) if in_segment else (BATCH_BYTES, 1)
+        batch, total = max(1, batch_bytes // self._plan.chunk_bytes), self._plan.total_chunks
+        reader, making, asked = self._reader(kv), deque[tuple[int, Future[list[bytes]]]](), self._next
+        try:
+            while self._next < total and kv is self._kept.kv:
+                self._changed.clear()
+                while len(making) <= most and (end := self._ready_until(kv, asked, asked + batch)) > asked:
+                    making.append((end, self._submit(kv, reader, asked, end)))
+                    asked = end
+                if not making:
+                    await self._changed.wait()
+                    continue
+                end, made = making.popleft()
+                frames: list[bytes] = await asyncio.wrap_future(made)
+                for index, frame in enumerate(frames, self._next):
+                    yield frame
+                    self._sent_bytes += self._plan.num_bytes(index)
+                self._next = end
+        finally:
+            for _, made in making:
+                made.cancel()
+
+    def _submit(self, kv: SessionKv, reader: KvReader, start: int, end: int) -> Future[list[bytes]]:
         kv.acquire()  # while a thread reads, whatever becomes of the stream
-        start = self._next
         making = self._owner.executor.submit(lambda: [reader.frame(index) for index in range(start, end)])
         making.add_done_callback(lambda _: kv.release())
-        made: list[bytes] = await asyncio.wrap_future(making)
-        for index, frame in enumerate(made, start):
-            yield frame
-            self._sent_bytes += self._plan.num_bytes(index)
+        return making
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is there to wake
             self._loop.call_soon_threadsafe(self._changed.set)
 
-    def _ready_until(self, kv: SessionKv, most: int) -> int:
-        """The first chunk that is not there yet, `most` at most."""
-        index = self._next
+    def _ready_until(self, kv: SessionKv, index: int, most: int) -> int:
+        """The first chunk from `index` on that is not there yet, `most` at most."""
         if kv.is_loading:
             return index
         while index < min(most, self._plan.total_chunks):

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, aclosing
+from functools import partial
 
 import grpc
 
@@ -99,12 +100,10 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
                 first = pb.PullKvResponse(manifest=manifest).SerializeToString()
                 await context.send_initial_metadata(((MANIFEST_DIGEST_KEY, message_digest(first)),))
                 yield first
-                async with aclosing(self._frames(reader, request.resume_from_chunk, segment is not None)) as frames:
-                    index = request.resume_from_chunk
-                    async for frame in frames:
+                async with aclosing(self._frames(reader, request, in_segment=segment is not None)) as frames:
+                    async for frame, num_bytes in frames:
                         yield frame
-                        sent_bytes += reader.plan.num_bytes(index)
-                        index += 1
+                        sent_bytes += num_bytes
             failure = ""
         except PrefillError as error:
             failure = str(error.reason).lower()
@@ -113,12 +112,14 @@ class KvTransferServicer(TransferCalls, kv_transfer_service_pb2_grpc.KvTransferS
             kv.release()
             self._events.emit(KvTransferred("pull", transport, sent_bytes, time.perf_counter() - started, failure))
 
-    def _frames(self, reader: KvReader, first_chunk: int, in_segment: bool) -> AsyncGenerator[bytes, None]:
+    def _frames(
+        self, reader: KvReader, request: pb.PullKvRequest, *, in_segment: bool
+    ) -> AsyncGenerator[tuple[bytes, int], None]:
         batch_bytes, ahead = (SEGMENT_BATCH_BYTES, SEGMENT_WRITERS) if in_segment else (BATCH_BYTES, 1)
         plan = reader.plan
         return read_ahead(
-            reader.frame,
-            first_chunk,
+            partial(reader.frames, grouped=in_segment and request.group_chunks),
+            request.resume_from_chunk,
             plan.total_chunks,
             executor=self._executor,
             batch_chunks=max(1, batch_bytes // plan.chunk_bytes),

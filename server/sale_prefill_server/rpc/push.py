@@ -6,7 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
 
-from sale_prefill.kv_frames import MANIFEST_DIGEST_KEY, PUSH_FRAMES, ChunkFrame, FrameError, message_digest
+from sale_prefill.kv_frames import (
+    MANIFEST_DIGEST_KEY,
+    PUSH_FRAMES,
+    ChunkFrame,
+    FrameError,
+    group_frames,
+    message_digest,
+)
 from sale_prefill.v1 import kv_transfer_service_pb2 as pb
 from sale_prefill_server.errors import PrefillError, Reason, invalid_field
 from sale_prefill_server.transfer.kv_writer import InOrder
@@ -15,17 +22,19 @@ from sale_prefill_server.transfer.segment_placement import SegmentPlacement
 from sale_prefill_server.transfer.uploads import Upload, Uploads
 
 
-def decoded(raw: bytes) -> ChunkFrame | pb.PushKvRequest:
-    """One message of a push.
+def decoded(raw: bytes) -> list[ChunkFrame] | pb.PushKvRequest:
+    """One message of a push: chunks, or another one.
 
     Raises:
         PrefillError: INVALID_FIELD, it is none.
     """
     try:
-        frame: ChunkFrame | pb.PushKvRequest = PUSH_FRAMES.decode(raw)
+        message: ChunkFrame | pb.PushKvRequest = PUSH_FRAMES.decode(raw)
     except FrameError as error:
         raise invalid_field("frame", f"{error}: the stream is broken, send it again") from error
-    return frame
+    if isinstance(message, ChunkFrame):
+        return [message]
+    return group_frames(message.chunks) if message.HasField("chunks") else message
 
 
 async def read_header(requests: AsyncIterator[bytes], metadata: dict[str, str | bytes]) -> pb.PushKvHeader:
@@ -74,11 +83,11 @@ class PushStream:
         writing: Future[int] | None = None
         try:
             async for raw in requests:
-                frame = decoded(raw)
-                if not isinstance(frame, ChunkFrame):
+                frames = decoded(raw)
+                if not isinstance(frames, list):
                     raise invalid_field("header", "came twice: chunks follow the first one")
-                batch.append(order.check(frame))
-                batch_bytes += self._upload.writer.num_bytes(frame)
+                batch += map(order.check, frames)
+                batch_bytes += sum(map(self._upload.writer.num_bytes, frames))
                 self._uploads.touch(self._upload)
                 # A message of a segment's is small, and what it speaks of may be megabytes.
                 if batch_bytes >= BATCH_BYTES or (self._segment is not None and (writing is None or writing.done())):

@@ -42,15 +42,28 @@ class KvReader:
         self._codec = codec
         self._placement = placement
 
+    def frames(self, indices: range, *, grouped: bool = False) -> list[tuple[bytes, int]]:
+        """Messages that carry chunks, each with its bytes of KV; one for all of them where they are `grouped`, which
+        those in a segment may be."""
+        sizes = [self.plan.num_bytes(index) for index in indices]
+        if not grouped:
+            return [(self.frame(index), size) for index, size in zip(indices, sizes, strict=True)]
+        return [(self._codec.encode_group([self._placed(self.plan[index]) for index in indices]), sum(sizes))]
+
     def frame(self, index: int) -> bytes:
         """The message that carries a chunk."""
         chunk = self.plan[index]
         if self._placement is not None:
-            segments = self._segments(chunk)
-            checksum = self._placement.write(chunk.layer, chunk.kind, chunk.token_start, segments, self._ready(chunk))
-            return self._codec.encode(_header(chunk, checksum), ())
+            return self._codec.encode(self._placed(chunk), ())
         data: Sequence[Any] = [host_bytes(part) for part in self._tensors(chunk)]
         return self._codec.encode(_header(chunk, self._digest(data)), data)
+
+    def _placed(self, chunk: PlannedChunk) -> ChunkFrame:
+        """Brings a chunk to its place in the segment."""
+        assert self._placement is not None
+        segments = self._segments(chunk)
+        checksum = self._placement.write(chunk.layer, chunk.kind, chunk.token_start, segments, self._ready(chunk))
+        return _header(chunk, checksum)
 
     def _segments(self, chunk: PlannedChunk) -> list[torch.Tensor]:
         end = chunk.token_start + chunk.num_tokens

@@ -168,7 +168,10 @@ class Made:
         self.indices: list[int] = []
         self._fails_at = fails_at
 
-    def __call__(self, index: int) -> bytes:
+    def __call__(self, batch: range) -> list[bytes]:
+        return [self._make(index) for index in batch]
+
+    def _make(self, index: int) -> bytes:
         if index == self._fails_at:
             raise ValueError("no such chunk")
         self.indices.append(index)
@@ -186,6 +189,19 @@ async def test_chunks_come_in_order_a_batch_ahead_and_no_more() -> None:
                 await _pause()
             await _pause()
             assert made.indices == list(range(3, 16))  # 3; 4 to 7; 8 to 11 are being sent, 12 to 15 wait
+
+
+async def test_several_batches_are_made_at_once_where_asked_for() -> None:
+    both = threading.Barrier(2, timeout=5)
+
+    def make(batch: range) -> list[int]:
+        if batch.start in (1, 3):
+            both.wait()
+        return list(batch)
+
+    with ThreadPoolExecutor(2) as pool:
+        chunks = [chunk async for chunk in read_ahead(make, 0, 6, executor=pool, batch_chunks=2, ahead=2)]
+    assert chunks == list(range(6))
 
 
 async def test_a_whole_stream_is_every_chunk_once() -> None:
@@ -207,12 +223,12 @@ async def test_a_chunk_that_cannot_be_made_ends_the_stream_after_those_before_it
 async def test_nothing_runs_after_a_stream_was_closed() -> None:
     running, proceed = threading.Event(), threading.Event()
 
-    def slow(index: int) -> bytes:
-        if index:
+    def slow(batch: range) -> list[bytes]:
+        if batch.start:
             running.set()
             proceed.wait(5)
-            finished.append(index)
-        return b""
+            finished.extend(batch)
+        return [b""]
 
     finished: list[int] = []
     with ThreadPoolExecutor(1) as pool:
