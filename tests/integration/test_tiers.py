@@ -220,7 +220,7 @@ def test_forks_and_changed_policies_are_as_durable_as_promised_when_the_answer_c
 
 
 def test_a_fork_makes_room_for_the_page_that_it_copies(settings: dict[str, object]) -> None:
-    with running_server(**settings, kv_memory=str(11 * PAGE_BYTES)) as server:
+    with running_server(**settings, attention="dense", kv_memory=str(11 * PAGE_BYTES)) as server:
         server.prefill_tokens(tokens_of(600), session_id="idle", retention=keep(pb.DURABILITY_LOCAL))
         server.prefill_tokens(tokens_of(700, seed=1), session_id="parent", retention=keep(pb.DURABILITY_LOCAL))
         server.sessions.ForkSession(pb.ForkSessionRequest(session_id="parent", new_session_id="fork"))
