@@ -217,3 +217,28 @@ def test_forks_and_changed_policies_are_as_durable_as_promised_when_the_answer_c
             "fork": 300,
             "plain": 500,
         }
+
+
+def test_a_fork_makes_room_for_the_page_that_it_copies(settings: dict[str, object]) -> None:
+    with running_server(**settings, attention="dense", kv_memory=str(11 * PAGE_BYTES)) as server:
+        server.prefill_tokens(tokens_of(600), session_id="idle", retention=keep(pb.DURABILITY_LOCAL))
+        server.prefill_tokens(tokens_of(700, seed=1), session_id="parent", retention=keep(pb.DURABILITY_LOCAL))
+        server.sessions.ForkSession(pb.ForkSessionRequest(session_id="parent", new_session_id="fork"))
+        states = {name: server.session(name).state for name in ("idle", "parent", "fork")}
+        assert states == {
+            "idle": pb.SESSION_STATE_OFFLOADED,
+            "parent": pb.SESSION_STATE_READY,
+            "fork": pb.SESSION_STATE_READY,
+        }
+
+
+def test_a_parent_that_left_the_device_is_not_forked_without_its_kv(settings: dict[str, object]) -> None:
+    with running_server(**settings) as server:
+        server.prefill_tokens(tokens_of(500), session_id="parent", retention=keep(pb.DURABILITY_LOCAL))
+        manager = server.server._service.manager  # type: ignore[union-attr]
+        parent = manager.get("anonymous", "parent")
+        assert manager.make_room(1)
+        assert manager.fork(parent, "fork", 0, None) is None
+        assert manager.find("anonymous", "fork") is None
+        server.sessions.ForkSession(pb.ForkSessionRequest(session_id="parent", new_session_id="fork"))
+        assert server.session("fork").num_tokens == 500
