@@ -55,11 +55,11 @@ def wire(plan: Plan) -> Iterator[Row]:
 
 
 def shared_memory(plan: Plan) -> Iterator[Row]:
-    """Pulls through segments against memcpy."""
+    """Pulls and pushes through segments against memcpy."""
     from benchmarks import kv_shm
 
-    for name, size in kv_shm.SIZES.items():
-        yield from kv_handover_rows.shared_memory_rows(name, kv_shm.measure("crc32c", size))
+    for name, (size, fragmented) in kv_shm.SIZES.items():
+        yield from kv_handover_rows.shared_memory_rows(name, kv_shm.measure(size, fragmented=fragmented))
 
 
 def tampering(plan: Plan) -> Iterator[Row]:

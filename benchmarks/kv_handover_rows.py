@@ -51,12 +51,15 @@ def published_row(same: bool) -> Row:
 
 
 def shared_memory_rows(name: str, rates: Rates) -> list[Row]:
-    """A pull through a segment against memcpy."""
+    """Pulls and pushes through a segment against memcpy."""
     line = f"pull through shared memory against memcpy, {name}, {rates.checksum}"
+    gigabytes = {key: round(getattr(rates, key), 2) for key in ("pull", "push", "push_in_place", "memcpy")}
+    pushed = f"{rates.push_in_place_share:.2f}x of bytes that lie there, {rates.push_share:.2f}x of others"
     return [
-        at_least(line, SHARED_MEMORY_SHARE, None, rates.warm_share, gigabytes_per_second=round(rates.warm, 2)),
+        at_least(line, SHARED_MEMORY_SHARE, None, rates.pull_share, gigabytes_per_second=gigabytes),
+        information("... push through shared memory", pushed),
         information(
-            f"... the segment's first stream, against memcpy into new memory, {name}", f"{rates.fresh_share:.2f}x"
+            "... the segment's first stream, against memcpy into new memory", f"{rates.fresh / rates.memcpy_fresh:.2f}x"
         ),
     ]
 
