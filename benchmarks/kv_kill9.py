@@ -219,7 +219,8 @@ def measure(kills: int = 100, *, threads: int = 3, seed: int = 1, arguments: Seq
             for each in working:
                 each.result()
     outcome.acknowledged = sum(owner.acknowledged for owner in owners)
-    outcome.weaker = sum(owner.weaker for owner in owners)
+    outcome.weaker = sum(len(owner.weaker) for owner in owners)
+    outcome.notes += [f"weaker: {note}" for owner in owners for note in owner.weaker]
     return outcome
 
 

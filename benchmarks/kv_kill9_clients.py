@@ -65,7 +65,7 @@ class Owner:
         #: Decodes that were never answered: session id, its tokens when it began, new tokens asked for.
         self.unanswered_decodes: dict[str, tuple[list[int], int]] = {}
         self.acknowledged = 0
-        self.weaker = 0
+        self.weaker: list[str] = []
 
     def work(self, target: str) -> None:
         """Asks for one thing after another until the server is gone."""
@@ -145,7 +145,11 @@ class Owner:
     def _answered(self, known: Known, tokens: list[int], session: Session) -> None:
         durable = known.answered(tokens, session)
         self.acknowledged += durable
-        self.weaker += known.durability == "local" and not durable
+        if known.durability == "local" and not durable:
+            name, generation = session.session_id, session.generation
+            self.weaker.append(
+                f"{name}, generation {generation}, is to be local and was answered as {session.durability}"
+            )
 
     def _new(self, durability: Durability) -> tuple[str, Known]:
         self._made += 1

@@ -65,7 +65,9 @@ class ServerConfig:
     kv_host_memory: str = _setting("0", "bytes of host memory for KV that leaves the device, such as 8G")
     kv_disk: str = _setting("", "folder on a local disk for KV; sessions that ask for it survive a restart")
     kv_disk_memory: str = _setting("32G", "bytes that KV may take in kv_disk")
-    kv_shared: str = _setting("", "store for KV that other servers see too: a folder, or s3://bucket/prefix")
+    kv_shared: str = _setting(
+        "", "store for KV that other servers see too: a folder, or s3://bucket/prefix (AWS_ENDPOINT_URL for others)"
+    )
     durability: str = _setting(
         "none", "durability of a session that asks for none", choices=("none", "async", "local", "shared")
     )

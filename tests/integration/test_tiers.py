@@ -14,6 +14,7 @@ from sale_prefill.v1 import prefill_service_pb2 as prefill_pb
 from sale_prefill.v1 import session_service_pb2 as pb
 from sale_prefill_client import Client
 from sale_prefill_client.tokens import token_digest
+from sale_prefill_server.config import ConfigError
 from sale_prefill_server.store.located import LayerPart
 from tests.support import RunningServer, call_error, running_server, tokens_of
 
@@ -217,3 +218,56 @@ def test_forks_and_changed_policies_are_as_durable_as_promised_when_the_answer_c
             "fork": 300,
             "plain": 500,
         }
+
+
+def test_a_fork_makes_room_for_the_page_that_it_copies(settings: dict[str, object]) -> None:
+    with running_server(**settings, attention="dense", kv_memory=str(11 * PAGE_BYTES)) as server:
+        server.prefill_tokens(tokens_of(600), session_id="idle", retention=keep(pb.DURABILITY_LOCAL))
+        server.prefill_tokens(tokens_of(700, seed=1), session_id="parent", retention=keep(pb.DURABILITY_LOCAL))
+        server.sessions.ForkSession(pb.ForkSessionRequest(session_id="parent", new_session_id="fork"))
+        states = {name: server.session(name).state for name in ("idle", "parent", "fork")}
+        assert states == {
+            "idle": pb.SESSION_STATE_OFFLOADED,
+            "parent": pb.SESSION_STATE_READY,
+            "fork": pb.SESSION_STATE_READY,
+        }
+
+
+def test_a_parent_that_left_the_device_is_not_forked_without_its_kv(settings: dict[str, object]) -> None:
+    with running_server(**settings) as server:
+        server.prefill_tokens(tokens_of(500), session_id="parent", retention=keep(pb.DURABILITY_LOCAL))
+        manager = server.server._service.manager  # type: ignore[union-attr]
+        parent = manager.get("anonymous", "parent")
+        assert manager.make_room(1)
+        assert manager.fork(parent, "fork", 0, None) is None
+        assert manager.find("anonymous", "fork") is None
+        server.sessions.ForkSession(pb.ForkSessionRequest(session_id="parent", new_session_id="fork"))
+        assert server.session("fork").num_tokens == 500
+
+
+def test_another_server_finds_a_prompt_s_beginning_in_the_shared_store(tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"model": str(tiny_model), "dtype": "float32", "kv_shared": str(tmp_path / "shared")}
+    prompt = tokens_of(700)
+    with running_server(**settings) as server:
+        first = server.prefill_tokens(prompt, retention=keep(pb.DURABILITY_SHARED))
+        assert first.session.durability == pb.DURABILITY_SHARED
+    with running_server(**{**settings, "prefix_reuse": True}) as server:
+        again = server.prefill_tokens(prompt)
+        assert (again.stats.restored_tokens, again.stats.computed_tokens) == (640, 60)
+        assert logits(again) == logits(first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kv_shared": "ftp://somewhere"}, "use a folder, or s3://bucket/prefix"),
+        ({"durability": "local"}, "needs kv_disk or kv_shared"),
+        ({"durability": "shared", "kv_disk": "/tmp/kv"}, "needs kv_shared"),
+    ],
+)
+def test_settings_of_tiers_that_cannot_be_are_refused(tiny_model: Path, changes: dict[str, str], problem: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=problem),
+        running_server(model=str(tiny_model), dtype="float32", **changes),
+    ):
+        pass

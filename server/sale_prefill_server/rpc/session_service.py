@@ -125,9 +125,11 @@ class SessionServicer(session_service_pb2_grpc.SessionServiceServicer):
         parent = self._manager.get(current_caller().tenant, required_identifier("session_id", request.session_id))
         retention = self._converter.retention(request.retention) if request.HasField("retention") else None
         new_id = identifier("new_session_id", request.new_session_id)
-        await brought_back(self._admission, parent)
-        # Off the loop: the last page is copied.
-        child = await asyncio.to_thread(self._manager.fork, parent, new_id, request.num_tokens, retention)
+        child = None
+        while child is None:
+            await brought_back(self._admission, parent)
+            # Off the loop: the last page is copied.
+            child = await asyncio.to_thread(self._manager.fork, parent, new_id, request.num_tokens, retention)
         await promise_kept(child)
         return pb.ForkSessionResponse(session=self._converter.session(self._manager.describe(child)))
 

@@ -164,8 +164,10 @@ class SessionManager:
                 session.deadline_seconds = max(session.deadline_seconds or 0.0, self._clock() + wanted)
         return session
 
-    def fork(self, parent: Session, session_id: str, num_tokens: int, retention: Retention | None) -> Session:
+    def fork(self, parent: Session, session_id: str, num_tokens: int, retention: Retention | None) -> Session | None:
         """A new session of the parent's first `num_tokens` tokens (0: all), idle, its lease begun. Pages are shared.
+
+        None where the parent's KV is not on the device: bring it back, and try again.
 
         Raises:
             PrefillError: the parent is busy or shorter, the id is taken, or there is no page for the copy.
@@ -177,16 +179,16 @@ class SessionManager:
                 raise invalid_field("num_tokens", f"{num_tokens} of a session that holds {parent.num_tokens} tokens")
             self.check_out(parent)
         try:
+            if not parent.is_resident:  # others may have needed its room since it was brought back
+                return None
             child = self._forked(parent, session_id, num_tokens or parent.num_tokens, retention)
-        except KvCapacityError as error:
-            raise kv_capacity(error) from error
         finally:
             self.check_in(parent, parent.state_before_busy or SessionState.READY)
         self.check_in(child, SessionState.READY)
         return child
 
     def _forked(self, parent: Session, session_id: str, num_tokens: int, retention: Retention | None) -> Session:
-        sequence = parent.sequence.fork(num_tokens)
+        sequence = self._forked_sequence(parent, num_tokens)
         try:
             child = self.create(parent.tenant, session_id, sequence, retention or parent.retention, parent.labels)
         except ValueError:
@@ -194,6 +196,17 @@ class SessionManager:
             raise _taken(session_id) from None
         child.extend(parent.tokens[:num_tokens], parent.last_logits if num_tokens == parent.num_tokens else None)
         return child
+
+    def _forked_sequence(self, parent: Session, num_tokens: int) -> EngineSequence:
+        try:
+            return parent.sequence.fork(num_tokens)
+        except KvCapacityError as error:
+            if not self.make_room(error.needed_bytes - error.free_bytes):
+                raise kv_capacity(error) from error
+        try:
+            return parent.sequence.fork(num_tokens)
+        except KvCapacityError as error:
+            raise kv_capacity(error) from error
 
     def update(self, session: Session, retention: Retention | None, labels: Mapping[str, str] | None) -> None:
         """Changes the policy, the labels or both; a shorter lease_seconds takes effect with the next request.

@@ -46,9 +46,15 @@ def open_store(config: ServerConfig, observer: StoreObserver) -> TieredStore | N
 
 
 def _shared_tier(location: str) -> Tier:
-    scheme = urlsplit(location).scheme
-    if scheme in ("", "file"):
-        return FileTier(Path(urlsplit(location).path if scheme else location), name="shared", level=Level.SHARED)
+    parts = urlsplit(location)
+    if parts.scheme in ("", "file"):
+        return FileTier(Path(parts.path if parts.scheme else location), name="shared", level=Level.SHARED)
+    if parts.scheme == "s3" and parts.netloc:
+        try:
+            from sale_prefill_server.store.s3 import S3Tier
+        except ImportError as error:
+            raise ConfigError(f"kv_shared = {location!r} needs boto3: pip install 'sale-prefill[s3]'") from error
+        return S3Tier(parts.netloc, parts.path.strip("/") or "sale-prefill", name="shared")
     raise ConfigError(f"kv_shared = {location!r}: use a folder, or s3://bucket/prefix")
 
 

@@ -1,10 +1,10 @@
-"""The benchmark of shared memory runs, on KV too small to mean anything, and its bytes are right."""
+"""The benchmarks of segments run, on KV too small to mean anything, and their bytes are right."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import kv_handover_rows, kv_shm
+from benchmarks import kv_gpu, kv_handover_rows, kv_shm
 from benchmarks.kv_served import KvSize
 
 
@@ -15,3 +15,9 @@ def test_streams_come_with_a_memcpy_of_the_same_bytes(fragmented: bool) -> None:
     assert min(rates.memcpy, rates.pull, rates.push, rates.push_in_place, rates.fresh, rates.memcpy_fresh) > 0
     first, *_ = kv_handover_rows.shared_memory_rows("small", rates)
     assert first.passed == (rates.pull_share >= 0.5)
+
+
+def test_what_is_handed_over_beside_messages_is_what_comes_in_them() -> None:
+    rows = kv_gpu.measure(600, "cpu", tiny=True, traces=None)
+    assert [row.passed for row in rows if row.required == "equal"] == [True, True]
+    assert len(rows) == 4
