@@ -37,6 +37,7 @@ _SHORT_LEASE_SECONDS = 0.5
 #: Longest that a caller waits before it leaves a prefill.
 _PATIENCE_SECONDS = 0.4
 _SETTLE_SECONDS = 60.0
+_WARM_UP_SESSIONS = 100
 _STAYING = "stays"
 
 
@@ -239,7 +240,8 @@ def settled(served: ServedModel, wanted: Holdings | None = None) -> Holdings:
 def measure(sessions: int = 1000, threads: int = 4, seed: int = 1) -> Outcome:
     """Lets `sessions` sessions live, on `threads` connections at once.
 
-    A tenth as many live before that: a process takes threads and descriptors that it keeps when it first works.
+    Some live before that, on more connections: a process takes threads and descriptors that it keeps when it first has
+    so much to do at once.
     """
     generator = random.Random(seed)
     prefixes = [[generator.randrange(3, TINY_VOCABULARY) for _ in range(_LONG_TOKENS)] for _ in range(8)]
@@ -249,7 +251,7 @@ def measure(sessions: int = 1000, threads: int = 4, seed: int = 1) -> Outcome:
         process = ServerProcess("--model", str(model), "--kv-memory", _KV_MEMORY, *_SERVER)
         try:
             served = ServedModel(cast(Client, None), process.process_id, process.metrics_url)
-            _run(process.target, max(threads, sessions // 10), threads, seed + 1000, prefixes)
+            _run(process.target, _WARM_UP_SESSIONS, 3 * threads, seed + 1000, prefixes)
             answer = _answer_of_staying(process.target, prefixes[0])
             before = settled(served)
             cancelled_before = _cancelled(served)
