@@ -287,3 +287,15 @@ def test_logits_of_a_life_that_a_crash_ended_are_not_those_of_the_next(
         expected = server.decode_tokens("fork", 8)
     with running_server(**settings) as server:
         assert server.decode_tokens("twice", 8) == expected
+
+
+def test_a_decode_that_begins_with_the_first_layer_leaves_the_kv_as_it_was(settings: dict[str, object]) -> None:
+    prompt = tokens_of(1500)  # its last tokens are sparse; a decode would compute the last one densely
+    with running_server(**settings) as server, Client(server.target) as client:
+        client.prefill(prompt, session_id="kept", durability="local", lease_seconds=600)
+        before = client.pull_kv("kept")
+    with running_server(**settings) as server, Client(server.target) as client:
+        slow_down_later_layers(server, seconds=0.3)
+        client.generate("kept", max_new_tokens=1, ignore_eos=True)
+        after = client.pull_kv("kept", token_range=(0, len(prompt)))
+    assert after.buffer.tobytes() == before.buffer.tobytes()

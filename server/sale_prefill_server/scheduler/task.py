@@ -118,21 +118,22 @@ class Task(ABC):
         sequence.kv.reserve(self.room_tokens)
         if own:
             sequence.adopt(session.tokens, copies=True, whole=True)
+            if session.last_logits is None:
+                # Before the first step: without them it would compute the last token again, densely.
+                session.last_logits = archive.load_logits(session)
 
         def on_first_layer(gained: int) -> None:
             append.restored_tokens = gained
             if overlaps:
                 start()
 
-        gained = archive.load(
+        archive.load(
             sequence,
             session.tenant,
             session.tokens if own else append.all_tokens,
             whole=own,
             on_first_layer=on_first_layer,
         )
-        if own and session.last_logits is None and gained:
-            session.last_logits = archive.load_logits(session)
 
     def forget_loaded(self) -> None:
         """What was to be brought back did not come.
