@@ -26,6 +26,8 @@ from benchmarks.served import ServedModel, serving
 
 RESULTS = ROOT / "benchmarks" / "results" / "kv-cpu.json"
 PREFIX_TOKENS = 6144
+#: Less than a page: of an equal prompt the last page is computed again, so that there are logits.
+TAIL_TOKENS = 64
 FORK_LENGTHS = (1024, 2048, 4096, 7168)
 
 
@@ -76,7 +78,7 @@ def prefix(plan: Plan) -> Iterator[Row]:
 
     with serving() as served:
         tokenizer = served.client.tokenizer()
-        reuses = kv_prefix.measure_reuse(served, kv_prefix.texts(PREFIX_TOKENS, tokenizer))
+        reuses = kv_prefix.measure_reuse(served, kv_prefix.texts(PREFIX_TOKENS, tokenizer), TAIL_TOKENS)
         yield from kv_session_rows.reuse_rows(reuses, PREFIX_TOKENS)
         tokens = kv_prefix.texts(max(FORK_LENGTHS), tokenizer)[0]
         yield from kv_session_rows.fork_rows(kv_prefix.measure_forks(served, tokens, FORK_LENGTHS, plan.fork_rounds))
@@ -87,7 +89,7 @@ def tenants(plan: Plan) -> Iterator[Row]:
     from benchmarks import kv_prefix, kv_tenants
 
     with kv_tenants.tenants() as served:
-        prompts = kv_prefix.texts(PREFIX_TOKENS, served[kv_tenants.TENANTS[0]].client.tokenizer())
+        prompts = kv_prefix.texts(PREFIX_TOKENS + TAIL_TOKENS, served[kv_tenants.TENANTS[0]].client.tokenizer())
         yield from kv_session_rows.tenant_rows(kv_tenants.measure(served, prompts))
     with TemporaryDirectory() as folder:
         yield kv_session_rows.tenant_restart_row(*kv_tenants.reused_across_restart(prompts[0], Path(folder)))
