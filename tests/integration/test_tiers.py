@@ -271,3 +271,19 @@ def test_settings_of_tiers_that_cannot_be_are_refused(tiny_model: Path, changes:
         running_server(model=str(tiny_model), dtype="float32", **changes),
     ):
         pass
+
+
+def test_logits_of_a_life_that_a_crash_ended_are_not_those_of_the_next(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    """The record is lost, its blocks are not; the same id and generation then come to other tokens."""
+    with running_server(**settings) as server:
+        server.prefill_tokens(tokens_of(300, seed=1), session_id="twice", retention=keep(pb.DURABILITY_LOCAL))
+    for record in (tmp_path / "kv" / "records").rglob("*.record"):
+        record.unlink()
+    with running_server(**settings) as server:
+        server.prefill_tokens(tokens_of(300, seed=2), session_id="twice", retention=keep(pb.DURABILITY_LOCAL))
+        server.sessions.ForkSession(pb.ForkSessionRequest(session_id="twice", new_session_id="fork"))
+        expected = server.decode_tokens("fork", 8)
+    with running_server(**settings) as server:
+        assert server.decode_tokens("twice", 8) == expected

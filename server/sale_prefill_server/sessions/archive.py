@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import uuid
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,7 +113,8 @@ class SessionArchive:
 
         The future gives what has been reached; `StoreError` where less was than its retention promises.
         """
-        name = f"logits {session.tenant} {session.session_id} {session.generation}"
+        # A name of its own: after a crash, other tokens may come to the same session and generation.
+        name = f"logits {uuid.uuid4().hex}"
         keys = list(page_keys(session.sequence.chain.root, session.tokens, PAGE_TOKENS))
         if len(session.tokens) % PAGE_TOKENS:
             tail = session.tokens[len(keys) * PAGE_TOKENS :]
