@@ -28,7 +28,7 @@ def test_a_reader_with_the_published_files_alone_gets_the_same_bytes(served: Ser
 
 
 def test_kv_comes_along_and_the_first_layer_before_the_rest(served: ServedModel) -> None:
-    before = [session.session_id for session in served.client.list_sessions()]  # other tests'
+    before = [session.session_id for session in served.client.list_sessions()]
     seen = kv_inline.measure(served, tokens_of(1200), chunk_tokens=512, rounds=2)
     assert (len(seen.runs), len(seen.alone_seconds), seen.num_layers) == (2, 2, 2)
     assert seen.same_kv

@@ -114,6 +114,8 @@ class TestKills:
         owner = kv_kill9.Owner("owner", 1, [tokens_of(10)])
         held = tokens_of(50)
         with Client(tiny_server.target) as client:
+            for session in client.list_sessions():  # of other tests on the same server
+                client.delete_session(session.session_id)
             client.prefill(held, session_id="whole")
             client.prefill(held, session_id="other-tokens")
             client.prefill(held, session_id="back-from-the-dead")
